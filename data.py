@@ -1,0 +1,793 @@
+"""Audio file -> spectrogram frames -> views.
+
+    python data.py FOLDER... --out data/NAME      prepare a frame store from folders of music
+    python data.py synth                          prepare the embedded synthetic songs (data/synth)
+
+A ViT-1D reads music as a sentence whose words are spectrogram frames. This file makes the words. Every recording is
+decoded once, turned into two spectrograms on one time grid (31.25 frames a second), and kept as bytes in a memory map:
+
+    data/NAME/frames.bin    uint8 (frames, 224): columns 0..95 the CQT (one a semitone), 96..223 the mel bands
+    data/NAME/index.jsonl   one line a track, in sorted order: path and number of frames, or why it was skipped
+    data/NAME/store.json    settings, their checksum and totals; written last, so its presence means "complete"
+
+That is 224 x 31.25 bytes a second, 25.2 MB an hour. Training cuts 4 s segments out of the map and transposes them by
+choosing where an 84-bin crop of the 96 CQT bins starts. Read top to bottom: audio, front ends, store, songs, views.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+SAMPLE_RATE = 16000        # Hz. MT2, CoJEPA, Myna (paper)
+HOP = 512                  # samples between frames: 32 ms (MT2: deduced from 126 frames per 4 s)
+FMIN = 27.5                # Hz, the piano's lowest A (STONE)
+BINS_PER_OCTAVE = 12       # one bin a semitone, so moving by one bin is transposing by one semitone (STONE)
+N_BINS = 96                # eight octaves; STONE's 99th bin would cross Nyquist at 16 kHz (our choice)
+CROP_BINS = 84             # seven octaves (STONE): 96 - 84 = 12 spare bins give the 13 crops 0..12
+MAX_CROP = N_BINS - CROP_BINS
+N_MELS, N_FFT = 128, 1024  # mel branch (multi-view comparison, CoJEPA)
+COLUMNS = N_BINS + N_MELS
+SEGMENT = 126              # frames in a 4 s segment: 1 + 64000 // 512 (MT2, CoJEPA)
+PIECE = 938                # frames in 30 s: both segments of a pair come from one piece of a track (our choice, see Segments)
+DYNAMIC_RANGE = 80.0       # dB (STONE)
+MEL_REFERENCE = 2000.0     # mel power counted as 0 dB: about what a full-scale sine reaches in the low bands (our choice)
+
+
+class InputError(Exception):
+    """What the user gave cannot be used. The message is one line: what is wrong, and what to do."""
+
+
+def run_cli(main):
+    """Call `main` as a command: an InputError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    sys.stdout.reconfigure(errors="replace")  # file names need not be valid text
+    sys.stderr.reconfigure(errors="replace")
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; "
+              "make room or choose another folder, what was finished is kept", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+def write_atomic(path, data):
+    """Write bytes beside `path`, then rename: a reader sees the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+# ---------------------------------------------------------------- audio
+
+AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".au", ".aif", ".aiff"}
+
+
+def resample_blocks(blocks, rate_in, rate_out):
+    """Band-limited resampling of a stream: 1-D float32 tensors at `rate_in` Hz in, at `rate_out` Hz out.
+
+    A resampler is a low-pass filter at the lower Nyquist frequency, then a change of grid. Both are easiest in the
+    frequency domain: take the FFT of a block, fade the spectrum to zero below that frequency, and let the inverse FFT
+    use the new number of points. `down` samples in last exactly as long as `up` samples out, so any whole number of
+    such units can be a block. An FFT believes that its block repeats for ever; its edges are therefore wrong, and each
+    block overlaps its neighbours by a margin that is thrown away ("overlap-save").
+    The gain is 1 up to 92 % of Nyquist and exactly 0 from Nyquist on: what could alias is not there.
+    """
+    if rate_in == rate_out:
+        yield from blocks
+        return
+    units_per_second = math.gcd(rate_in, rate_out)
+    up, down = rate_out // units_per_second, rate_in // units_per_second
+    margin, core = math.ceil(0.1 * units_per_second), math.ceil(1.5 * units_per_second)  # in units
+    n_in, n_out = (core + 2 * margin) * down, (core + 2 * margin) * up
+    lower = min(n_in, n_out) // 2                               # FFT bin of the lower Nyquist frequency
+    fade = ((torch.arange(lower + 1) / lower - 0.92) / 0.08).clamp(0, 1)
+    gain = torch.cos(fade * math.pi / 2) ** 2 * (up / down)     # (lower + 1,)
+    buffer, received, sent = torch.zeros(margin * down), 0, 0
+    for block in chain(blocks, [None]):
+        if block is None:                                       # the end: let the last samples through
+            block = torch.zeros((core + margin) * down)
+        else:
+            received += len(block)
+        buffer = torch.cat([buffer, block])
+        if len(buffer) < n_in:
+            continue
+        framed = buffer.unfold(0, n_in, core * down)            # (n, n_in), overlapping
+        spectrum = torch.fft.rfft(framed)[:, :lower + 1] * gain
+        output = torch.fft.irfft(spectrum, n=n_out)[:, margin * up:-margin * up].flatten()
+        buffer = buffer[len(framed) * core * down:]
+        output = output[:math.ceil(received * up / down) - sent]
+        sent += len(output)
+        yield output
+
+
+def resample(wave, rate_in, rate_out):
+    """(samples,) float32 at `rate_in` Hz -> (ceil(samples * rate_out / rate_in),) at `rate_out`. See resample_blocks."""
+    return torch.cat(list(resample_blocks([wave], rate_in, rate_out)))
+
+
+def read_audio(path, sample_rate=SAMPLE_RATE):
+    """Decode a file block by block: yields (samples,) float32 tensors, mono by mean over channels, at `sample_rate`.
+
+    Memory stays at a few blocks however long the file is. Raises InputError, naming the file, when it is not audio,
+    cannot be read, is empty, silent or holds NaN.
+    """
+    peak, frames = 0.0, 0
+
+    def mono_blocks(file):
+        nonlocal peak, frames
+        size = min(20 * file.samplerate, 2 ** 22 // file.channels)
+        while len(block := file.read(size, dtype="float32", always_2d=True)):
+            wave = torch.from_numpy(block.mean(axis=1))         # (samples,)
+            loudest = wave.abs().max().item()
+            if not math.isfinite(loudest):
+                raise InputError(f"{path}: holds NaN or infinite samples; export it again")
+            peak, frames = max(peak, loudest), frames + len(wave)
+            yield wave
+
+    try:
+        with sf.SoundFile(os.fsencode(path)) as file:
+            if not 2000 <= file.samplerate <= 768000:
+                raise InputError(f"{path}: a sample rate of {file.samplerate} Hz is not music; convert the file")
+            yield from resample_blocks(mono_blocks(file), file.samplerate, sample_rate)
+    except (sf.SoundFileError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).rpartition(": ")[2].rstrip(".")
+        raise InputError(f"{path}: cannot be decoded ({reason}); check that it is a complete, readable audio file") from None
+    if not frames:
+        raise InputError(f"{path}: holds no audio; remove it or export it again")
+    if peak < 1e-4:  # -80 dBFS; also a stereo file whose channels cancel each other
+        raise InputError(f"{path}: is silent when mixed to mono; remove it or check its channels")
+
+
+def load_audio(path, sample_rate=SAMPLE_RATE):
+    """Decode a whole file (wav, flac, ogg, opus, mp3, au, aiff): (samples,) float32 mono. Raises as read_audio."""
+    return torch.cat(list(read_audio(path, sample_rate)))
+
+
+# ---------------------------------------------------------------- front ends
+
+
+class CQT(nn.Module):
+    """Constant-Q transform: (batch, samples) -> (batch, n_bins, frames) magnitudes, frames = 1 + samples // hop.
+
+    Bin k is tuned to f_k = fmin * 2^(k / bins_per_octave). Its filter is a Hann window of L_k = Q * sample_rate / f_k
+    samples times a complex exponential, normalised to sum 1 and doubled: a full-scale sine at f_k gives 1.0. As in
+    librosa, Q = (r^2 + 1) / (r^2 - 1) with r = 2^(1 / bins_per_octave): 17.33 for semitones. Frames are centred at
+    multiples of hop; the signal is padded with zeros.
+
+    Why it is fast: the lowest filter lasts 0.6 s, and a kernel that long at every frame is the slow way. But an octave
+    lower is the same filter at half the speed. So: filter the top octave with one short kernel (12 x 128 taps), halve
+    the sample rate, use *the same kernel* for the next octave, and so on. All eight octaves together cost little more
+    than the first halving. The kernel is applied in the frequency domain, to a torch.stft without a window.
+
+    Raises ValueError if n_bins is not whole octaves, hop cannot be halved that often, or the top filter crosses Nyquist.
+    """
+
+    def __init__(self, sample_rate=SAMPLE_RATE, hop=HOP, fmin=FMIN, n_bins=N_BINS, bins_per_octave=BINS_PER_OCTAVE):
+        super().__init__()
+        self.hop, self.octaves = hop, n_bins // bins_per_octave
+        if n_bins % bins_per_octave:
+            raise ValueError(f"n_bins={n_bins} must be a multiple of bins_per_octave={bins_per_octave}")
+        if hop % 2 ** (self.octaves - 1):
+            raise ValueError(f"hop={hop} must be a multiple of {2 ** (self.octaves - 1)} to be halved at each octave")
+        r = 2 ** (1 / bins_per_octave)
+        Q = (r ** 2 + 1) / (r ** 2 - 1)
+        top = torch.arange(n_bins - bins_per_octave, n_bins, dtype=torch.float64)
+        frequency = fmin * 2 ** (top / bins_per_octave)                    # (bins_per_octave,) Hz, the top octave
+        if frequency[-1] * (1 + 0.75 / Q) > sample_rate / 2:               # 1.5 FFT bins: the Hann window's bandwidth
+            raise ValueError(f"the filter at {frequency[-1]:.0f} Hz crosses the Nyquist frequency {sample_rate / 2:.0f} Hz")
+        length = Q * sample_rate / frequency                               # (bins_per_octave,) samples, not integers
+        self.n_fft = 2 ** math.ceil(math.log2(length.max().item() + 1))
+        t = torch.arange(self.n_fft, dtype=torch.float64) - self.n_fft // 2
+        window = 0.5 + 0.5 * torch.cos(2 * math.pi * t / length[:, None])  # (bins_per_octave, n_fft)
+        window = window * (t.abs() < length[:, None] / 2)
+        window = 2 * window / window.sum(dim=1, keepdim=True)
+        kernel = window * torch.exp(2j * math.pi * frequency[:, None] / sample_rate * t)
+        spectrum = torch.fft.fft(kernel)[:, :self.n_fft // 2 + 1].conj() / self.n_fft  # Parseval: product in frequency
+        # Not in the state dict: they follow from the arguments and would only bloat checkpoints.
+        self.register_buffer("kernel", spectrum.to(torch.complex64), persistent=False)  # (bins_per_octave, n_fft/2 + 1)
+        self.register_buffer("halver", half_band_matrix(), persistent=False)
+        self.register_buffer("ones", torch.ones(self.n_fft), persistent=False)
+
+    def forward(self, wave):
+        frames = 1 + wave.shape[-1] // self.hop
+        hop, octaves = self.hop, []
+        for octave in range(self.octaves):
+            if octave:
+                wave, hop = halve_rate(wave, self.halver), hop // 2
+            spectrum = torch.stft(wave, self.n_fft, hop, window=self.ones, center=True, pad_mode="constant",
+                                  return_complex=True)[..., :frames]       # (batch, n_fft/2 + 1, frames)
+            octaves.append((self.kernel @ spectrum).abs())                 # (batch, bins_per_octave, frames)
+        return torch.cat(octaves[::-1], dim=1)                             # (batch, n_bins, frames), low to high
+
+
+HALF_BAND = 63   # taps on either side of the centre
+HALF_BLOCK = 32  # output samples computed by one row of the matrix product
+
+
+def half_band_matrix():
+    """Kaiser-windowed half-band low-pass, one shifted copy per output of a block: (HALF_BLOCK, 1, inputs).
+
+    Flat to 1e-3 up to 23 % of the sample rate, where the next octave's highest filter ends, and 70 dB down where that
+    octave would alias. One convolution with a stride of 64 and 32 output channels is a matrix product; the same filter
+    as a convolution with one channel and stride 2 takes tens of times as long.
+    """
+    t = torch.arange(-HALF_BAND, HALF_BAND + 1, dtype=torch.float64)
+    taps = torch.sinc(t / 2) / 2 * torch.kaiser_window(len(t), periodic=False, beta=6.5, dtype=torch.float64)
+    taps = taps / taps.sum()
+    matrix = torch.zeros(HALF_BLOCK, 1, 2 * (HALF_BLOCK - 1) + len(taps))
+    for row in range(HALF_BLOCK):
+        matrix[row, 0, 2 * row:2 * row + len(taps)] = taps
+    return matrix
+
+
+def halve_rate(wave, matrix):
+    """(batch, samples) -> (batch, ceil(samples / 2)): low-pass and keep every other sample; sample n stays at time 2n."""
+    length = (wave.shape[-1] + 1) // 2
+    blocks = math.ceil(length / HALF_BLOCK)
+    padded = F.pad(wave, (HALF_BAND, 2 * HALF_BLOCK * blocks - wave.shape[-1] + HALF_BAND))
+    out = F.conv1d(padded[:, None], matrix, stride=2 * HALF_BLOCK)         # (batch, HALF_BLOCK, blocks)
+    return out.transpose(1, 2).flatten(1)[:, :length]
+
+
+class Mel(nn.Module):
+    """Mel spectrogram: (batch, samples) -> (batch, n_mels, frames) power, frames = 1 + samples // hop.
+
+    The mel scale follows the ear: linear below 1 kHz, logarithmic above. Slaney's version of the scale, and Slaney's
+    norm (each triangle has area 1 in Hz). Periodic Hann window, centred, zero padding: the same frame grid as the CQT.
+    Raises ValueError if f_max exceeds Nyquist or a filter falls between two FFT bins and stays empty.
+    """
+
+    def __init__(self, sample_rate=SAMPLE_RATE, n_fft=N_FFT, hop=HOP, n_mels=N_MELS, f_min=0.0, f_max=8000.0):
+        super().__init__()
+        if f_max > sample_rate / 2:
+            raise ValueError(f"f_max={f_max} Hz exceeds the Nyquist frequency {sample_rate / 2} Hz")
+        self.n_fft, self.hop = n_fft, hop
+        step = math.log(6.4) / 27                                          # one mel above 1000 Hz (15 mel)
+        to_mel = lambda f: f * 3 / 200 if f < 1000 else 15 + math.log(f / 1000) / step
+        mel = torch.linspace(to_mel(f_min), to_mel(f_max), n_mels + 2, dtype=torch.float64)
+        edge = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * step))  # (n_mels + 2,) Hz
+        bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)
+        rising = (bins - edge[:-2, None]) / (edge[1:-1] - edge[:-2])[:, None]
+        falling = (edge[2:, None] - bins) / (edge[2:] - edge[1:-1])[:, None]
+        filters = torch.minimum(rising, falling).clamp(min=0) * (2 / (edge[2:] - edge[:-2]))[:, None]
+        if (filters.sum(dim=1) == 0).any():
+            raise ValueError(f"n_mels={n_mels} is too many for n_fft={n_fft}: a filter holds no FFT bin")
+        self.register_buffer("filters", filters.float(), persistent=False)  # (n_mels, n_fft/2 + 1)
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+
+    def forward(self, wave):
+        spectrum = torch.stft(wave, self.n_fft, self.hop, window=self.window, center=True, pad_mode="constant",
+                              return_complex=True)                         # (batch, n_fft/2 + 1, frames)
+        return self.filters @ (spectrum.real ** 2 + spectrum.imag ** 2)    # (batch, n_mels, frames)
+
+
+def log_compress(x, reference=1.0, power=False):
+    """Decibels below `reference`, an 80 dB range mapped to [0, 1]: the ear hears ratios, and so should the network.
+
+    `power=False` takes a magnitude (20 log10: a factor of 10 in amplitude is 20 dB = 0.25), `power=True` a power
+    (10 log10). The reference is a constant. A maximum over the clip would make a frame depend on where the clip was
+    cut; one over the batch, on its neighbours. Zeros give 0, with gradient 0.
+    """
+    floor = 10 ** (-DYNAMIC_RANGE / (10 if power else 20))
+    decibels = (10 if power else 20) * torch.log10((x / reference).clamp(min=floor))
+    return (1 + decibels / DYNAMIC_RANGE).clamp(0, 1)
+
+
+class FrontEnd(nn.Module):
+    """(batch, samples) waves in [-1, 1] -> (batch, frames, 224) in [0, 1]: log CQT (96) beside log mel (128)."""
+
+    def __init__(self):
+        super().__init__()
+        self.cqt, self.mel = CQT(), Mel()
+
+    def forward(self, wave):
+        both = [log_compress(self.cqt(wave)), log_compress(self.mel(wave), MEL_REFERENCE, power=True)]
+        return torch.cat(both, dim=1).transpose(1, 2)
+
+
+CHUNK = 60 * SAMPLE_RATE // HOP * HOP  # samples transformed at once
+HALO = 32 * HOP                        # context on either side: the longest filter and the seven halvings reach 0.8 s
+
+
+def chunks(blocks, size):
+    """Re-cut a stream of 1-D tensors into pieces of `size` samples; the last may be shorter."""
+    buffer = torch.zeros(0)
+    for block in blocks:
+        buffer = torch.cat([buffer, block])
+        while len(buffer) > size:
+            yield buffer[:size]
+            buffer = buffer[size:]
+    if len(buffer):
+        yield buffer
+
+
+@torch.inference_mode()
+def audio_to_frames(blocks, front_end):
+    """A stream of mono blocks at 16 kHz -> (frames, 224) uint8, frames = 1 + samples // hop; bounded memory.
+
+    Chunks of 60 s are transformed with a halo of context, so that cutting leaves no trace. 255 steps for 80 dB are
+    0.3 dB each, less than anyone hears.
+    """
+    output, before, chunk = [], torch.zeros(0), None
+    for following in chain(chunks(blocks, CHUNK), [None]):
+        if chunk is not None:
+            after = torch.zeros(0) if following is None else following[:HALO]
+            frames = front_end(torch.cat([before, chunk, after])[None])[0]         # (frames, 224)
+            count = len(chunk) // HOP + (following is None)
+            frames = frames[len(before) // HOP:][:count]
+            output.append((frames * 255).round().to(torch.uint8).numpy())
+            before = chunk[-HALO:]
+        chunk = following
+    return np.concatenate(output)
+
+
+# ---------------------------------------------------------------- frame store
+
+
+class FrameStore:
+    """A prepared folder: `frames` (total, 224) uint8 memory map, `paths` and, per track, `starts` and `lengths`."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        try:
+            self.info = json.loads((self.folder / "store.json").read_text())
+            entries = read_index(self.folder)
+        except (OSError, ValueError):
+            raise InputError(f"{folder}: is not a frame store; make one with: python data.py FOLDER --out {folder}") from None
+        self.skipped = [(e["path"], e["error"]) for e in entries if "error" in e]
+        tracks = [e for e in entries if "frames" in e]
+        self.paths = [e["path"] for e in tracks]
+        self.lengths = np.array([e["frames"] for e in tracks], dtype=np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])[:-1].astype(np.int64)
+        total, binary = int(self.lengths.sum()), self.folder / "frames.bin"
+        if not binary.exists() or binary.stat().st_size != total * COLUMNS:
+            raise InputError(f"{folder}: frames.bin is damaged; remove the folder and prepare it again")
+        self.frames = np.memmap(self.folder / "frames.bin", np.uint8, "r", shape=(total, COLUMNS))
+
+    def track(self, i):
+        """(frames, 224) uint8 of track `i`."""
+        return self.frames[self.starts[i]:self.starts[i] + self.lengths[i]]
+
+
+def read_index(folder):
+    """Entries of index.jsonl; a last line torn by a kill is dropped."""
+    lines = (Path(folder) / "index.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def read_json(path):
+    """The dictionary in a file; an empty one when the file is missing or torn."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def settings_of(names_and_sizes):
+    """Everything that decides the bytes of a store, with a checksum."""
+    listing = hashlib.sha256(json.dumps(names_and_sizes).encode()).hexdigest()
+    settings = dict(format=1, sample_rate=SAMPLE_RATE, hop=HOP, fmin=FMIN, n_bins=N_BINS, n_fft=N_FFT, n_mels=N_MELS,
+                    bins_per_octave=BINS_PER_OCTAVE, dynamic_range=DYNAMIC_RANGE, mel_reference=MEL_REFERENCE, listing=listing)
+    return dict(settings, checksum=hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
+
+
+def find_audio(folders):
+    """Audio files below `folders`, sorted: [(name, path)], name = the folder's own name / the path inside it.
+
+    A folder given twice counts once; the second of two folders with one name is called NAME-2. Raises InputError if a folder is missing or nothing in it looks like audio.
+    """
+    found, names = {}, []
+    for folder in dict.fromkeys(Path(f).resolve() for f in folders):
+        if not folder.is_dir():
+            raise InputError(f"{folder}: is not a folder; give a folder that holds audio files")
+        names.append(folder.name)
+        name = folder.name if names.count(folder.name) == 1 else f"{folder.name}-{names.count(folder.name)}"
+        for path in folder.rglob("*"):  # names that start with a dot are leftovers of other systems
+            if path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith(".") and path.is_file():
+                found[str(Path(name) / path.relative_to(folder))] = path
+    if not found:
+        raise InputError(f"{', '.join(map(str, folders))}: no audio file ({' '.join(sorted(AUDIO_SUFFIXES))}) in there; "
+                         "give another folder")
+    return sorted(found.items())
+
+
+def prepare(sources, out, settings, label):
+    """Transform `sources` [(name, function that returns blocks of audio)] into the store `out` on all cores.
+
+    The order of `sources` is the order in the store, whatever finishes first. Work done before a kill is kept: the
+    index is the journal, and frames that it does not name are cut off. A complete store with the same settings is
+    opened as it is; other settings start anew. Sources that raise InputError are skipped and listed.
+    """
+    out = Path(out)
+    marker, pending = out / "store.json", out / "pending.json"
+    if read_json(marker).get("checksum") == settings["checksum"]:
+        return FrameStore(out)
+    out.mkdir(parents=True, exist_ok=True)
+    done = []
+    if read_json(pending) == settings:
+        done = read_index(out) if (out / "index.jsonl").exists() else []
+    else:
+        marker.unlink(missing_ok=True)
+        (out / "index.jsonl").unlink(missing_ok=True)
+        write_atomic(pending, json.dumps(settings).encode())
+    rows = sum(e.get("frames", 0) for e in done)
+    front_end = FrontEnd()
+
+    def work(source):
+        name, read = source
+        try:
+            return dict(path=name), audio_to_frames(read(), front_end)
+        except InputError as error:
+            return dict(path=name, error=str(error)), None
+
+    threads = torch.get_num_threads()
+    workers = os.cpu_count() or 1
+    # Threads, not processes: decoding and the transforms leave Python's lock, and each uses one core.
+    pool = ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1))
+    bar = tqdm(total=len(sources), initial=len(done), desc=label, unit="track", smoothing=0.05)
+    try:
+        with open(out / "frames.bin", "ab") as frames_file, open(out / "index.jsonl", "ab") as index_file:
+            frames_file.truncate(rows * COLUMNS)
+            index_file.truncate(sum(len(json.dumps(e)) + 1 for e in done))
+            rest, running = iter(sources[len(done):]), deque()
+            while True:
+                while len(running) < 2 * workers and (source := next(rest, None)) is not None:
+                    running.append(pool.submit(work, source))
+                if not running:
+                    break
+                entry, frames = running.popleft().result()
+                if frames is not None:
+                    frames.tofile(frames_file)
+                    frames_file.flush()  # frames before the line that names them
+                    entry["frames"], rows = len(frames), rows + len(frames)
+                index_file.write(json.dumps(entry).encode() + b"\n")
+                index_file.flush()
+                done.append(entry)
+                bar.set_postfix_str(f"{rows * HOP / SAMPLE_RATE / 3600:.2f} h of music", refresh=False)
+                bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+        torch.set_num_threads(threads)
+    skipped = [e for e in done if "error" in e]
+    for entry in skipped:
+        print(f"skipped {entry['error']}")
+    if not rows:
+        raise InputError(f"none of {len(done)} files could be read as audio; see the lines above")
+    hours = rows * HOP / SAMPLE_RATE / 3600
+    write_atomic(marker, json.dumps(dict(settings, tracks=len(done) - len(skipped), skipped=len(skipped), hours=hours)).encode())
+    pending.unlink()
+    print(f"{out}: {len(done) - len(skipped)} tracks, {hours:.2f} h, {rows * COLUMNS / 1e6:.0f} MB, {len(skipped)} skipped")
+    return FrameStore(out)
+
+
+def prepare_folders(folders, out=None):
+    """Frame store of folders of music. `out` defaults to data/NAME-HASH, one per set of folders."""
+    files = find_audio(folders)
+    settings = settings_of([(name, path.stat().st_size) for name, path in files])
+    if out is None:
+        where = "|".join(str(Path(f).resolve()) for f in folders)
+        out = Path("data") / f"{Path(folders[0]).resolve().name}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
+    return prepare([(name, partial(read_audio, path)) for name, path in files], out, settings, "preparing")
+
+
+# ---------------------------------------------------------------- synthetic songs
+
+# Songs with known answers, made by rule. Western tonal music in five lines: an octave has 12 semitones (pitch classes
+# 0 = C .. 11 = B). A key picks 7 of them, its scale, and one of those as home, the tonic. A chord stacks every other
+# note of the scale. Major and minor scales differ in which steps are small; A minor has the notes of C major (its
+# "relative"), so both share one key signature: 12 signatures, 24 keys.
+SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
+# Chords (scale degrees from 0) that may follow each chord; the diminished ones are left out.
+FOLLOWS = {"major": {0: (3, 4, 5, 1, 2), 1: (4, 4, 3), 2: (5, 3), 3: (4, 0, 1), 4: (0, 0, 5, 3), 5: (3, 1, 4, 2)},
+           "minor": {0: (3, 5, 6, 2, 4), 2: (5, 6, 3), 3: (4, 0, 6), 4: (0, 0, 5), 5: (6, 2, 3, 4), 6: (0, 2, 5)}}
+TIMBRES = ("strings", "clarinet", "organ", "flute", "brass", "pluck", "mallet", "epiano")
+SONG_SECONDS = 24
+# Song numbers of each part of the default set. The labels of train are used by probes only.
+SYNTH_SPLITS = {"train": range(0, 1024), "valid": range(1024, 1152), "test": range(1152, 1408)}
+SYNTH_SONGS = 1408
+
+
+def compose(index, seed=0):
+    """The score and the labels of one synthetic song, a pure function of (seed, index).
+
+    Keys: tonic 0..11, mode, signature (tonic of the major key with the same notes), instrument (index into TIMBRES of
+    the melody), tempo (beats per minute), chords [(start, end, class)] in seconds, class = root + 12 * minor or 24 for
+    none, beats [s], notes [(start, duration, MIDI pitch, velocity, part)], drums [(time, kind)], and the sound settings.
+    """
+    rng = np.random.default_rng([seed, index])
+    tonic, mode = int(rng.integers(12)), ("major", "minor")[rng.integers(2)]
+    scale, follows = SCALES[mode], FOLLOWS[mode]
+    tempo = float(70 * (160 / 70) ** rng.random())
+    beat = 60 / tempo
+    bars = math.ceil(SONG_SECONDS / (4 * beat))
+    loop, harmonic_minor = int(rng.choice([4, 4, 8])), rng.random() < 0.5
+    degrees = [0 if rng.random() < 0.7 else int(rng.choice(list(follows)))]
+    while len(degrees) < loop:
+        degrees.append(int(rng.choice(follows[degrees[-1]])))
+    rest_bar = int(rng.integers(1, bars)) if rng.random() < 0.3 else -1   # a bar of drums alone: "no chord"
+    pitch_of = lambda degree: tonic + scale[degree % 7] + 12 * (degree // 7)
+    # The melody keeps its instrument; chords and bass change theirs halfway, as does the style of playing.
+    timbres = tuple(int(t) for t in rng.permutation(len(TIMBRES))[:5])      # melody, then chords and bass of each half
+    sections = [dict(comp=rng.choice(["block", "arpeggio", "offbeat"]), bass=rng.choice(["root", "walk", "pulse"]),
+                     drums=rng.random() < 0.6, dense=rng.uniform(0.5, 0.9)) for _ in range(2)]
+    # Each part's range starts anywhere: if all songs shared one lowest note, it would tell where a crop was cut.
+    lowest = [int(low + rng.integers(12)) for low in (46, 46, 29)]         # melody, chords, bass (MIDI pitch)
+    home, melody = lowest[0] + (tonic - lowest[0]) % 12, int(rng.integers(7, 14))
+    notes, drums, chords = [], [], []
+    for bar in range(bars):
+        half, start = 2 * bar // bars, 4 * beat * bar
+        section, comp, bass = sections[half], 1 + 2 * half, 2 + 2 * half
+        if section["drums"] or bar == rest_bar:
+            drums += [(start + b * beat, kind) for b, kind in enumerate(("kick", "snare", "kick", "snare"))]
+            drums += [(start + b * beat / 2, "hat") for b in range(8) if rng.random() < section["dense"]]
+        if bar == rest_bar:
+            chords.append((start, start + 4 * beat, 24))
+            continue
+        degree = degrees[bar % loop]
+        triad = [pitch_of(degree + step) for step in (0, 2, 4)]
+        if mode == "minor" and degree == 4 and harmonic_minor:
+            triad[1] += 1                                                 # the leading tone: V instead of v
+        chords.append((start, start + 4 * beat, triad[0] % 12 + 12 * (triad[1] - triad[0] == 3)))
+        voiced = sorted(lowest[1] + (p - lowest[1]) % 12 for p in triad)
+        if section["comp"] == "block":
+            notes += [(start + b * beat, 1.9 * beat, p, 0.5, comp) for b in (0, 2) for p in voiced]
+        elif section["comp"] == "arpeggio":
+            notes += [(start + b * beat / 2, beat, (voiced + voiced[1:2])[b % 4], 0.6, comp) for b in range(8)]
+        else:
+            notes += [(start + (b + 0.5) * beat, 0.4 * beat, p, 0.5, comp) for b in range(4) for p in voiced]
+        low = lowest[2] + (triad[0] - lowest[2]) % 12
+        if section["bass"] == "root":
+            notes.append((start, 3.8 * beat, low, 0.8, bass))
+        else:
+            steps = (0, 0, 0, 0) if section["bass"] == "pulse" else (0, triad[1] - triad[0], triad[2] - triad[0], 12)
+            notes += [(start + b * beat, 0.9 * beat, low + s, 0.8, bass) for b, s in enumerate(steps)]
+        for eighth in range(8):                                           # melody: a walk on the scale, pulled to the chord
+            if rng.random() > section["dense"]:
+                continue
+            melody = int(np.clip(melody + rng.integers(-2, 3), 4, 18))
+            pitch = pitch_of(melody)
+            if eighth % 4 == 0 and not any((pitch - p) % 12 == 0 for p in triad):
+                melody += 1 if any((pitch_of(melody + 1) - p) % 12 == 0 for p in triad) else -1
+                pitch = pitch_of(melody)
+            notes.append((start + eighth * beat / 2, beat * rng.choice([0.5, 0.5, 1.0]), home + pitch - tonic, rng.uniform(0.8, 1.1), 0))
+    signature = tonic if mode == "major" else (tonic + 3) % 12
+    return dict(tonic=tonic, mode=mode, signature=signature, key=tonic + 12 * (mode == "minor"), instrument=timbres[0],
+                tempo=tempo, chords=chords, beats=[b * beat for b in range(4 * bars)], notes=notes, drums=drums,
+                timbres=timbres, colour=rng.uniform(0.7, 1.4, 5),
+                levels=np.array([1.5, *rng.uniform(0.3, 0.6, 4)]), drum_level=rng.uniform(0.2, 0.6),
+                detune=float(np.clip(rng.normal(0, 0.1), -0.3, 0.3)), noise_seed=int(rng.integers(2 ** 31)),
+                loudness=rng.uniform(-30, -14), swell=rng.uniform(0, 0.4), tilt=rng.uniform(-1.5, 1.5),
+                peaks=[(rng.uniform(150, 5000), rng.uniform(-5, 5)) for _ in range(3)],
+                reverb=rng.uniform(0.1, 0.6) if rng.random() < 0.5 else 0.0, drive=rng.uniform(1, 4) if rng.random() < 0.2 else 0.0,
+                noise=rng.uniform(-70, -45))
+
+
+def render_note(timbre, pitch, seconds, colour, rng):
+    """One note: (samples,) float32. Each timbre is built in its own way; `colour` > 1 is darker.
+
+    Sines at multiples of the fundamental come from the recurrence sin((h+1)x) = 2 cos(x) sin(hx) - sin((h-1)x).
+    """
+    f = 440 * 2 ** ((pitch - 69) / 12)
+    t = np.arange(int(seconds * SAMPLE_RATE), dtype=np.float32) / SAMPLE_RATE
+    name = TIMBRES[timbre]
+    vibrato = {"strings": 0.006, "flute": 0.004}.get(name, 0) * np.sin(2 * np.pi * 5.5 * t) / 5.5
+    phase = (2 * np.pi * f * (t + vibrato)).astype(np.float32)
+    if name == "mallet":                                                  # a bar's modes are no multiples of each other
+        wave = sum(a * np.sin(r * phase) * np.exp(-t * d * colour) for r, a, d in ((1, 1, 5), (3.93, .5, 14), (9.2, .25, 30)) if r * f < 7500)
+    elif name == "epiano":                                                # frequency modulation
+        wave = np.sin(phase + 1.8 / colour * np.exp(-3 * t) * np.sin(phase) + 0.4 * np.exp(-12 * t) * np.sin(min(7.0, 7000 / f) * phase)) * np.exp(-1.2 * t)
+    else:
+        h = np.arange(1, max(2, min(20, int(7500 / f)) + 1))
+        amplitude = {"strings": h ** -colour, "clarinet": (h % 2) * h ** -colour + 0.04 / h, "brass": h ** (-0.6 * colour) * np.exp(-h / 9),
+                     "organ": np.isin(h, (1, 2, 3, 4, 6, 8)) * h ** (-0.5 * colour), "flute": np.array([1, .35, .12, .04] + [0.0] * 16)[h - 1],
+                     "pluck": h ** (-0.8 * colour) * np.abs(np.sin(0.55 * h))}[name]
+        cosine, previous, current = 2 * np.cos(phase), np.zeros_like(phase), np.sin(phase)
+        decay = np.exp(-1.1 * t) if name == "pluck" else (1 - np.exp(-9 * t)) ** 0.25 if name == "brass" else None
+        envelope, wave = np.ones_like(t), np.zeros_like(t)
+        for a in amplitude:                                               # high partials die (pluck) or enter (brass) in turn
+            if decay is not None:
+                envelope = envelope * decay
+            wave += np.float32(a) * (current if decay is None else current * envelope)
+            previous, current = current, cosine * current - previous
+    if name == "flute":
+        wave = wave + 0.08 * rng.standard_normal(len(t), dtype=np.float32)
+    attack = {"strings": 0.12, "flute": 0.06, "brass": 0.04, "clarinet": 0.03, "organ": 0.01}.get(name, 0.003)
+    return (wave * np.minimum(1, t / attack)).astype(np.float32)
+
+
+def render(song):
+    """Score to sound: (SONG_SECONDS * 16000,) float32 with drums, room, equaliser, noise and a level of its own."""
+    rng = np.random.default_rng(song["noise_seed"])
+    size = SONG_SECONDS * SAMPLE_RATE
+    mix, cache = np.zeros(size, np.float32), {}
+    release = np.linspace(1, 0, int(0.04 * SAMPLE_RATE), dtype=np.float32)
+    for start, duration, pitch, velocity, part in song["notes"]:
+        begin, length = int(start * SAMPLE_RATE), int(duration * SAMPLE_RATE)
+        if begin + 2 * len(release) >= size:
+            continue
+        note = cache.get((part, pitch))
+        if note is None or len(note) < length:
+            note = cache[part, pitch] = render_note(song["timbres"][part], pitch + song["detune"], duration + 0.01, song["colour"][part], rng)
+            note /= np.sqrt(np.mean(note[:4000] ** 2)) + 1e-6
+        note = note[:min(length, size - begin)] * np.float32(velocity * song["levels"][part])
+        note[-len(release):] *= release[:len(note)]
+        mix[begin:begin + len(note)] += note
+    t = np.arange(int(0.25 * SAMPLE_RATE), dtype=np.float32) / SAMPLE_RATE
+    noise = rng.standard_normal(len(t), dtype=np.float32)
+    kit = {"kick": 4 * np.sin(2 * np.pi * (50 * t + 3 * (1 - np.exp(-30 * t)))) * np.exp(-14 * t), "snare": 2 * noise * np.exp(-18 * t),
+           "hat": np.diff(noise, append=0) * np.exp(-50 * t)}
+    for time, kind in song["drums"]:
+        begin = int(time * SAMPLE_RATE)
+        hit = kit[kind][:max(0, size - begin)]
+        mix[begin:begin + len(hit)] += np.float32(song["drum_level"]) * hit
+    if song["drive"]:
+        mix = np.tanh(song["drive"] * mix / (3 * mix.std() + 1e-6))
+    spectrum = np.fft.rfft(mix, 2 * size)                                 # room and equaliser, both filters, in one product
+    frequency = np.fft.rfftfreq(2 * size, 1 / SAMPLE_RATE) + 1
+    decibels = song["tilt"] * np.log2(frequency / 800)
+    for centre, gain in song["peaks"]:
+        decibels += gain * np.exp(-0.5 * (np.log2(frequency / centre) / 0.5) ** 2)
+    spectrum *= 10 ** (np.clip(decibels, -30, 20) / 20)
+    if song["reverb"]:
+        tail = np.arange(SAMPLE_RATE) / SAMPLE_RATE
+        room = song["reverb"] * 0.03 * rng.standard_normal(SAMPLE_RATE) * np.exp(-tail * 7)
+        room[0] = 1
+        spectrum *= np.fft.rfft(room, 2 * size)
+    mix = np.fft.irfft(spectrum)[:size]
+    mix *= 1 + song["swell"] * np.sin(2 * np.pi * np.arange(size) / size * 1.5)
+    mix *= 10 ** (song["loudness"] / 20) / (mix.std() + 1e-6)
+    mix += 10 ** (song["noise"] / 20) * rng.standard_normal(size)
+    return (mix / max(1, np.abs(mix).max())).astype(np.float32)
+
+
+def prepare_synth(songs=SYNTH_SONGS, out="data/synth", seed=0):
+    """Frame store of synthetic songs 0 .. songs - 1, through the same path as files. Made once, then cached."""
+    sources = [(f"synth/{i:05d}", lambda i=i: iter([torch.from_numpy(render(compose(i, seed)))])) for i in range(songs)]
+    settings = settings_of([[name, SONG_SECONDS, seed, 1] for name, _ in sources])  # 1: version of the song maker
+    return prepare(sources, out, settings, "making synthetic songs")
+
+
+# ---------------------------------------------------------------- views
+
+# Transposition by cropping: an 84-bin crop that starts at CQT bin c shows the music c semitones LOWER than the crop
+# that starts at 0, so a view's shift (semitones by which it was transposed up) is -c.
+PITCH_CROP = MAX_CROP // 2  # the crop used outside training: the middle of the range (our choice)
+
+
+def crop_views(frames, crops):
+    """(..., frames, 224) uint8 and crops (...) in 0..12 -> cqt (..., frames, 84), mel (..., frames, 128) in [0, 1].
+
+    The mel bands cannot be transposed by a crop and stay as they are.
+    """
+    bins = crops[..., None, None] + torch.arange(CROP_BINS, device=frames.device)      # (..., 1, 84)
+    cqt = torch.gather(frames, -1, bins.expand(*frames.shape[:-1], CROP_BINS))         # (..., frames, 84)
+    return cqt.float() / 255, frames[..., N_BINS:].float() / 255
+
+
+def training_views(frames, crops):
+    """crop_views for the views of Segments.batch, with the mel of the transposed view 2 set to silence.
+
+    A mel spectrogram cannot be cropped in semitones, so beside a cropped CQT it says where the music really lies: the
+    network could compare the two, read off the crop itself and answer with that. Such an answer turns with the crop as
+    CPSD asks, costs nothing, and knows no key. Silence in one view of each pair closes that road: the crop cannot be
+    read there, so both must agree on something in the music. README shows what happens otherwise.
+    """
+    cqt, mel = crop_views(frames, crops)
+    mel[2:] = 0
+    return cqt, mel
+
+
+class Segments:
+    """Training batches from frame stores, every one a pure function of (seed, step): resuming needs no hidden state.
+
+    Tracks are cut into pieces of about 30 s, and one item of a batch is one piece: two segments "of the same music" are
+    then close in time, as in CoJEPA, whether a file holds a song or an album side. Three views of each item:
+
+        view 0  segment A   crop c
+        view 1  segment B   crop c     A, B do not overlap where the piece has room for two segments
+        view 2  segment A   crop c'   mel silenced (see training_views)
+
+    NT-Xent compares views 0 and 1, which share a crop: it must not be asked to ignore transposition, or the trunk
+    forgets pitch. CPSD compares views 0 and 1 with view 2, whose crop differs. Each view keeps its own random frames.
+    Raises InputError when the stores hold no track of 4 s, or fewer pieces than the batch.
+    """
+
+    def __init__(self, stores, batch_size):
+        self.stores, self.batch_size = stores, batch_size
+        pieces, short = [], 0
+        for s, store in enumerate(stores):
+            counts = np.where(store.lengths < SEGMENT, 0, np.maximum(1, store.lengths // PIECE))   # (tracks,)
+            short += int((counts == 0).sum())
+            track = np.repeat(np.arange(len(counts)), counts)                                      # (pieces,)
+            nth = np.arange(len(track)) - np.repeat(np.cumsum(counts) - counts, counts)
+            size = store.lengths[track] // counts[track]
+            pieces.append(np.stack([np.full(len(track), s), store.starts[track] + nth * size, size], axis=1))
+        self.pieces = np.concatenate(pieces)                                                       # (pieces, 3): store, start, length
+        self.summary = f"{len(self.pieces)} pieces of about 30 s, {self.pieces[:, 2].sum() * HOP / SAMPLE_RATE / 3600:.2f} h"
+        if short:
+            self.summary += f"; {short} tracks shorter than one 4 s segment left out"
+        if len(self.pieces) == 0:
+            raise InputError("every track is shorter than one 4 s segment; give longer recordings")
+        if len(self.pieces) < batch_size:
+            raise InputError(f"a batch of {batch_size} needs as many pieces of 30 s, the data has {len(self.pieces)}; "
+                             f"use --batch-size {len(self.pieces)} or less, or add music")
+
+    def batch(self, seed, step, views=3, mask=0.0):
+        """frames (views, batch, kept, 224) uint8, crops (views, batch) and positions (views, batch, kept) int64.
+
+        `mask` is the share of frames dropped; positions says which of the 126 frames of a segment were kept.
+        """
+        rng = np.random.default_rng([seed, step])
+        chosen = self.pieces[rng.choice(len(self.pieces), self.batch_size, replace=False)]         # (batch, 3)
+        length = chosen[:, 2]
+        room = length - 2 * SEGMENT
+        first, second = np.sort(rng.integers(0, np.maximum(room, 0) + 1, (2, self.batch_size)), axis=0)
+        apart = np.stack([first, second + SEGMENT])                                                # (2, batch)
+        anywhere = rng.integers(0, length - SEGMENT + 1, (2, self.batch_size))
+        start = np.where(room >= 0, apart, anywhere) + chosen[:, 1]
+        start = np.where(rng.random(self.batch_size) < 0.5, start, start[::-1])                    # A is not always first
+        start = start[[0, 1, 0]][:views]                                                           # (views, batch)
+        crop = rng.integers(0, MAX_CROP + 1, self.batch_size)
+        other = (crop + rng.integers(1, MAX_CROP + 1, self.batch_size)) % (MAX_CROP + 1)           # uniform, never the same
+        crops = np.stack([crop, crop, other])[:views]
+        kept = max(1, round(SEGMENT * (1 - mask)))
+        order = rng.random((views, self.batch_size, SEGMENT), dtype=np.float32)
+        positions = np.sort(np.argpartition(order, kept - 1, axis=-1)[..., :kept], axis=-1)        # (views, batch, kept)
+        rows = start[..., None] + positions
+        frames = np.empty((*rows.shape, COLUMNS), np.uint8)
+        for s, store in enumerate(self.stores):
+            mine = chosen[:, 0] == s
+            frames[:, mine] = store.frames[rows[:, mine]]
+        return torch.from_numpy(frames), torch.from_numpy(crops), torch.from_numpy(positions)
+
+
+def open_data(sources):
+    """Stores for --data: "synth", a frame store, or a folder of music (prepared first when need be)."""
+    if "synth" in sources:
+        synth = prepare_synth()
+        synth.lengths = synth.lengths[:len(SYNTH_SPLITS["train"])]  # validation and test songs stay out of training
+    return [synth if s == "synth" else FrameStore(s) if (Path(s) / "store.json").exists() else prepare_folders([s]) for s in sources]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Prepare a frame store from folders of music.")
+    parser.add_argument("folders", nargs="+", help="folders of audio files, or the word synth")
+    parser.add_argument("--out", help="the store's folder (default data/NAME-HASH, where train.py looks for it)")
+    args = parser.parse_args()
+    if args.folders == ["synth"]:
+        prepare_synth(out=args.out or "data/synth")
+    else:
+        prepare_folders(args.folders, args.out)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,30 @@
+"""Shared by all tests: the project root on sys.path, and a small folder of music."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+torch.set_num_threads(1)  # these tests are small: threads that wait for each other on a busy machine cost more than they gain
+
+import data  # noqa: E402
+
+SONGS = ["one.wav", "two.flac", "three.ogg", "Café Ñandú.wav", "more/five.flac", "more/six.WAV", "more/seven.ogg", "more/eight.wav"]
+STEREO_44K = {"two.flac", "more/six.WAV", "more/seven.ogg"}
+
+
+@pytest.fixture(scope="session")
+def song_folder(tmp_path_factory):
+    """Eight synthetic songs of 10 s in two folders: wav, flac and ogg, three of them 44.1 kHz stereo. Read only."""
+    folder = tmp_path_factory.mktemp("songs") / "music"
+    (folder / "more").mkdir(parents=True)
+    for i, name in enumerate(SONGS):
+        wave, rate = data.render(data.compose(i))[:10 * data.SAMPLE_RATE], data.SAMPLE_RATE
+        if name in STEREO_44K:
+            wave, rate = data.resample(torch.from_numpy(wave), rate, 44100).numpy(), 44100
+            wave = np.stack([wave, 0.5 * wave], axis=1).clip(-1, 1)
+        sf.write(folder / name, wave, rate)
+    return folder

@@ -1,0 +1,295 @@
+"""The frame store (order, resuming, broken files) and the synthetic songs that fill it."""
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+import data
+from data import HOP, SAMPLE_RATE, SCALES, SONG_SECONDS, TIMBRES, FrameStore, InputError, compose, prepare_folders, render
+
+FILES = ("frames.bin", "index.jsonl", "store.json")
+
+
+@pytest.fixture(scope="module")
+def finished(song_folder, tmp_path_factory):
+    """A complete store of the song folder. Read only; `copy_of` gives one to damage."""
+    out = tmp_path_factory.mktemp("stores") / "songs"
+    prepare_folders([song_folder], out)
+    return out
+
+
+@pytest.fixture
+def copy_of(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def bytes_of(store):
+    return {name: (store / name).read_bytes() for name in FILES}
+
+
+def write_tone(path, frequency=440.0, seconds=1.0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sf.write(path, 0.5 * np.sin(2 * np.pi * frequency * np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE), SAMPLE_RATE)
+
+
+class Counter:
+    """Counts the tracks that are really transformed."""
+
+    def __init__(self, monkeypatch):
+        self.calls, real = 0, data.audio_to_frames
+
+        def counted(*args):
+            self.calls += 1
+            return real(*args)
+
+        monkeypatch.setattr(data, "audio_to_frames", counted)
+
+
+# ---------------------------------------------------------------- store
+
+
+def test_store_holds_every_song_under_its_name_in_sorted_order(song_folder, finished):
+    store = FrameStore(finished)
+    names = [str(path.relative_to(song_folder.parent)) for path in song_folder.rglob("*") if path.is_file()]
+    assert store.paths == sorted(names) and len(names) == 8 and store.skipped == []
+    assert "music/Café Ñandú.wav" in store.paths
+    assert (store.lengths == 1 + 10 * SAMPLE_RATE // HOP).all()
+    assert store.frames.shape == (store.lengths.sum(), 224) and store.frames.dtype == np.uint8
+    assert not (finished / "pending.json").exists()
+
+
+def test_each_track_holds_the_frames_of_its_own_file(song_folder, finished):
+    store, front_end = FrameStore(finished), data.FrontEnd()
+    for i, name in enumerate(store.paths):
+        expected = (front_end(data.load_audio(song_folder.parent / name)[None])[0] * 255).round()
+        assert (torch.from_numpy(store.track(i).copy()).float() - expected).abs().max() <= 1
+
+
+def test_a_second_preparation_gives_the_same_bytes_and_leaves_the_threads(song_folder, finished, tmp_path):
+    threads = torch.get_num_threads()
+    prepare_folders([song_folder], tmp_path / "again")
+    assert bytes_of(tmp_path / "again") == bytes_of(finished)
+    assert torch.get_num_threads() == threads
+
+
+def test_a_complete_store_is_opened_without_work(song_folder, copy_of, monkeypatch):
+    counter, before = Counter(monkeypatch), bytes_of(copy_of)
+    store = prepare_folders([song_folder], copy_of)
+    assert counter.calls == 0 and len(store.paths) == 8 and bytes_of(copy_of) == before
+
+
+@pytest.mark.parametrize("whole_lines, torn", [(0, ""), (3, '{"path": "music/mo'), (3, ""),
+                                               (7, '{"path": "x", "frames": 313}'), (8, "")])
+def test_preparing_resumes_after_a_kill(song_folder, copy_of, monkeypatch, whole_lines, torn):
+    """As a kill leaves it: some lines, half a line, and frames that no line names."""
+    before, counter = bytes_of(copy_of), Counter(monkeypatch)
+    settings = json.loads(before["store.json"])
+    for extra in ("tracks", "skipped", "hours"):
+        settings.pop(extra)
+    (copy_of / "store.json").unlink()
+    (copy_of / "pending.json").write_text(json.dumps(settings))
+    lines = before["index.jsonl"].decode().splitlines(keepends=True)
+    (copy_of / "index.jsonl").write_text("".join(lines[:whole_lines]) + torn)
+    kept = sum(json.loads(line)["frames"] for line in lines[:whole_lines]) * 224
+    (copy_of / "frames.bin").write_bytes(before["frames.bin"][:kept] + b"\x07" * 5000)
+    prepare_folders([song_folder], copy_of)
+    assert bytes_of(copy_of) == before and not (copy_of / "pending.json").exists()
+    assert counter.calls == 8 - whole_lines
+
+
+def test_an_error_in_the_middle_keeps_what_was_finished(song_folder, finished, tmp_path, monkeypatch):
+    """A full disk, say: the exception comes through, the store is not complete, the next run completes it."""
+    real, calls = data.audio_to_frames, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(data, "audio_to_frames", failing)
+    with pytest.raises(OSError):
+        prepare_folders([song_folder], tmp_path)
+    assert not (tmp_path / "store.json").exists()
+    with pytest.raises(InputError):
+        FrameStore(tmp_path)
+    prepare_folders([song_folder], tmp_path)
+    assert bytes_of(tmp_path) == bytes_of(finished)
+
+
+@pytest.mark.parametrize("setting, value", [("MEL_REFERENCE", 500.0), ("DYNAMIC_RANGE", 60.0)])
+def test_other_settings_prepare_anew(song_folder, copy_of, monkeypatch, setting, value):
+    before = FrameStore(copy_of).frames[:].copy()
+    monkeypatch.setattr(data, setting, value)
+    after = prepare_folders([song_folder], copy_of).frames
+    assert after.shape == before.shape and (after != before).mean() > 0.1
+
+
+def test_other_music_prepares_anew(tmp_path):
+    write_tone(tmp_path / "in" / "a.wav")
+    prepare_folders([tmp_path / "in"], tmp_path / "out")
+    write_tone(tmp_path / "in" / "b.wav")
+    assert prepare_folders([tmp_path / "in"], tmp_path / "out").paths == ["in/a.wav", "in/b.wav"]
+
+
+def test_broken_files_are_skipped_and_listed(tmp_path, capsys):
+    music = tmp_path / "music"
+    for name in ("a.wav", "e.wav", "deep/down/g.flac"):
+        write_tone(music / name)
+    (music / "b.wav").write_text("a text file")
+    (music / "c.flac").write_bytes(b"")
+    sf.write(music / "d.wav", np.zeros(SAMPLE_RATE), SAMPLE_RATE)
+    (music / "f.wav").mkdir()                                  # a folder that looks like a file
+    (music / "notes.txt").write_text("not audio, not even tried")
+    (music / "._a.wav").write_text("another system's leftover")
+    store = prepare_folders([music], tmp_path / "out")
+    said = capsys.readouterr().out
+    assert store.paths == ["music/a.wav", "music/deep/down/g.flac", "music/e.wav"]
+    assert [path for path, _ in store.skipped] == ["music/b.wav", "music/c.flac", "music/d.wav"]
+    for name in ("b.wav", "c.flac", "d.wav"):
+        assert sum(name in line for line in said.splitlines()) == 1
+    assert (store.track(2) == store.track(0)).all()            # e is a again: what was skipped left no gap
+    assert FrameStore(tmp_path / "out").info["skipped"] == 3
+
+
+def test_file_names_that_are_not_text_survive(tmp_path):
+    write_tone(tmp_path / "music" / "a.wav")
+    try:
+        os.rename(tmp_path / "music" / "a.wav", os.fsencode(tmp_path / "music") + b"/caf\xe9.wav")
+    except OSError:
+        pytest.skip("this file system takes valid text only")
+    assert len(prepare_folders([tmp_path / "music"], tmp_path / "out").paths) == 1
+    assert len(FrameStore(tmp_path / "out").paths) == 1
+
+
+def test_folders_of_the_same_name_keep_all_their_files(tmp_path):
+    """Two albums in folders called `cd1`, each with a `01.wav`."""
+    for i, artist in enumerate(("one", "two")):
+        write_tone(tmp_path / artist / "cd1" / "01.wav", 220.0 * (i + 1))
+    store = prepare_folders([tmp_path / "one" / "cd1", tmp_path / "two" / "cd1"], tmp_path / "out")
+    assert len(store.paths) == 2 and (store.track(0) != store.track(1)).any()
+
+
+def test_a_folder_given_twice_counts_once(tmp_path):
+    write_tone(tmp_path / "music" / "a.wav")
+    assert len(prepare_folders([tmp_path / "music", tmp_path / "music"], tmp_path / "out").paths) == 1
+
+
+def test_folders_without_music_are_refused(tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        prepare_folders([tmp_path / "nowhere"], tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty.*no audio"):
+        prepare_folders([tmp_path / "empty"], tmp_path / "out")
+    (tmp_path / "a.wav").write_text("a file, not a folder")
+    with pytest.raises(InputError, match="a.wav"):
+        prepare_folders([tmp_path / "a.wav"], tmp_path / "out")
+    (tmp_path / "empty" / "broken.wav").write_text("text")
+    for _ in range(2):                                         # and the second time as well
+        with pytest.raises(InputError, match="none of 1"):
+            prepare_folders([tmp_path / "empty"], tmp_path / "out")
+    assert not (tmp_path / "out" / "store.json").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda f: f.write_bytes(f.read_bytes()[:-1]), lambda f: f.write_bytes(f.read_bytes() + b"0" * 224),
+                                    lambda f: f.write_bytes(b""), lambda f: f.unlink()], ids=["cut", "longer", "empty", "missing"])
+def test_damaged_frames_are_refused(song_folder, copy_of, damage):
+    damage(copy_of / "frames.bin")
+    for opening in (lambda: FrameStore(copy_of), lambda: prepare_folders([song_folder], copy_of)):
+        with pytest.raises(InputError, match="frames.bin"):
+            opening()
+
+
+def test_a_folder_that_is_no_store_is_refused(song_folder, copy_of):
+    (copy_of / "store.json").write_text("not json")
+    for folder in (song_folder, copy_of, song_folder / "nowhere"):
+        with pytest.raises(InputError, match=folder.name):
+            FrameStore(folder)
+
+
+# ---------------------------------------------------------------- synthetic songs
+
+
+def scale_of(song):
+    return {(song["tonic"] + step) % 12 for step in SCALES[song["mode"]]}
+
+
+def test_compose_is_a_pure_function_of_index_and_seed():
+    first = repr(compose(3))
+    np.random.seed(1)
+    compose(4)
+    assert repr(compose(3)) == first
+    assert repr(compose(4)) != first and repr(compose(3, seed=1)) != first
+
+
+def test_labels_agree_with_each_other_and_cover_their_range():
+    songs = [compose(i) for i in range(300)]
+    for song in songs:
+        major = song["tonic"] if song["mode"] == "major" else (song["tonic"] + 3) % 12
+        assert song["signature"] == major
+        assert {(major + step) % 12 for step in SCALES["major"]} == scale_of(song)             # the same seven notes
+        assert song["key"] == song["tonic"] + 12 * (song["mode"] == "minor")
+        assert song["instrument"] == song["timbres"][0] and len(set(song["timbres"])) == 5
+        assert 70 <= song["tempo"] <= 160 and np.allclose(np.diff(song["beats"]), 60 / song["tempo"])
+    assert {song["key"] for song in songs} == set(range(24))
+    assert {song["instrument"] for song in songs} == set(range(len(TIMBRES)))
+
+
+def test_chord_labels_name_the_notes_that_sound():
+    """The accompaniment plays the labelled triad and nothing else; a bar of "no chord" is silent but for drums."""
+    for song in map(compose, range(60)):
+        ends = [0.0] + [end for _, end, _ in song["chords"]]
+        for (start, end, chord), previous in zip(song["chords"], ends):
+            assert start == pytest.approx(previous) and end > start                            # no gap, no overlap
+            inside = [note for note in song["notes"] if start - 1e-6 <= note[0] < end - 1e-6]
+            played = {pitch % 12 for _, _, pitch, _, part in inside if part in (1, 3)}
+            root = chord % 12
+            assert played == (set() if chord == 24 else {root, (root + (3 if chord >= 12 else 4)) % 12, (root + 7) % 12})
+            assert inside or chord == 24
+        assert ends[-1] >= SONG_SECONDS
+
+
+def test_notes_and_chords_stay_in_the_key():
+    """The one exception is the leading tone of a minor key, in its dominant chord."""
+    for song in map(compose, range(60)):
+        leading = (song["tonic"] - 1) % 12
+        strange = {pitch % 12 for _, _, pitch, _, _ in song["notes"]} - scale_of(song)
+        assert strange <= ({leading} if song["mode"] == "minor" else set())
+        for _, _, chord in song["chords"]:
+            assert chord == 24 or chord % 12 in scale_of(song)
+    chords = {chord for i in range(60) for _, _, chord in compose(i)["chords"]}
+    assert chords == set(range(25))
+
+
+def test_render_is_pure_finite_in_range_and_of_the_right_length():
+    waves = [render(compose(i)) for i in range(6)]
+    for wave in waves:
+        assert wave.shape == (SONG_SECONDS * SAMPLE_RATE,) and wave.dtype == np.float32
+        assert np.isfinite(wave).all() and np.abs(wave).max() <= 1 and wave.std() > 0.005
+    assert np.array_equal(render(compose(2)), waves[2])
+    assert not np.array_equal(waves[0], waves[1])
+
+
+def test_the_signature_can_be_heard():
+    """In the CQT, whose row 0 is an A, the notes of the scale are the loud ones, and for most songs name the signature."""
+    cqt, louder, named = data.CQT(), 0, 0
+    for song in map(compose, range(12)):
+        power = cqt(torch.from_numpy(render(song)[:12 * SAMPLE_RATE])[None])[0].square().sum(dim=1)
+        chroma = power[12:72].view(5, 12).sum(dim=0).roll(9)                                   # (12,) from C
+        mean = lambda classes: chroma[sorted(classes)].mean().item()
+        louder += mean(scale_of(song)) > 1.2 * mean(set(range(12)) - scale_of(song))
+        score = [mean({(tonic + step) % 12 for step in SCALES["major"]}) for tonic in range(12)]
+        named += int(np.argmax(score)) == song["signature"]
+    assert louder >= 10 and named >= 6                         # of 12; by chance one would be named
+
+
+def test_prepare_synth_is_a_store_of_these_songs(tmp_path):
+    store = data.prepare_synth(songs=3, out=tmp_path / "synth")
+    assert store.paths == ["synth/00000", "synth/00001", "synth/00002"]
+    expected = (data.FrontEnd()(torch.from_numpy(render(compose(1)))[None])[0] * 255).round()
+    assert (torch.from_numpy(store.track(1).copy()).float() - expected).abs().max() <= 1
+    assert data.prepare_synth(songs=2, out=tmp_path / "synth").paths == ["synth/00000", "synth/00001"]
