@@ -15,13 +15,14 @@ choosing where an 84-bin crop of the 96 CQT bins starts. Read top to bottom: aud
 """
 import argparse
 import hashlib
+import inspect
 import json
 import math
 import os
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -391,9 +392,9 @@ def read_json(path):
         return {}
 
 
-def settings_of(names_and_sizes):
-    """Everything that decides the bytes of a store, with a checksum."""
-    listing = hashlib.sha256(json.dumps(names_and_sizes).encode()).hexdigest()
+def settings_of(sources):
+    """Everything that decides the bytes of a store, with a checksum. sources: what they are made from, plain types."""
+    listing = hashlib.sha256(json.dumps(sources).encode()).hexdigest()
     settings = dict(format=1, sample_rate=SAMPLE_RATE, hop=HOP, fmin=FMIN, n_bins=N_BINS, n_fft=N_FFT, n_mels=N_MELS,
                     bins_per_octave=BINS_PER_OCTAVE, dynamic_range=DYNAMIC_RANGE, mel_reference=MEL_REFERENCE, listing=listing)
     return dict(settings, checksum=hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
@@ -402,7 +403,8 @@ def settings_of(names_and_sizes):
 def find_audio(folders):
     """Audio files below `folders`, sorted: [(name, path)], name = the folder's own name / the path inside it.
 
-    A folder given twice counts once; the second of two folders with one name is called NAME-2. Raises InputError if a folder is missing or nothing in it looks like audio.
+    A folder given twice counts once; the second of two folders with one name is called NAME-2.
+    Raises InputError if a folder is missing or nothing in it looks like audio.
     """
     found, names = {}, []
     for folder in dict.fromkeys(Path(f).resolve() for f in folders):
@@ -510,6 +512,9 @@ SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
 FOLLOWS = {"major": {0: (3, 4, 5, 1, 2), 1: (4, 4, 3), 2: (5, 3), 3: (4, 0, 1), 4: (0, 0, 5, 3), 5: (3, 1, 4, 2)},
            "minor": {0: (3, 5, 6, 2, 4), 2: (5, 6, 3), 3: (4, 0, 6), 4: (0, 0, 5), 5: (6, 2, 3, 4), 6: (0, 2, 5)}}
 TIMBRES = ("strings", "clarinet", "organ", "flute", "brass", "pluck", "mallet", "epiano")
+# Every loop holds a chord with the scale's most flat-ward note and one with its most sharp-ward note: without both, the
+# remaining notes fit two keys.
+EDGES = {"major": ({1, 3}, {2, 4}), "minor": ({3, 5}, {4, 6})}
 SONG_SECONDS = 24
 # Song numbers of each part of the default set. The labels of train are used by probes only.
 SYNTH_SPLITS = {"train": range(0, 1024), "valid": range(1024, 1152), "test": range(1152, 1408)}
@@ -528,14 +533,21 @@ def compose(index, seed=0):
     scale, follows = SCALES[mode], FOLLOWS[mode]
     tempo = float(70 * (160 / 70) ** rng.random())
     beat = 60 / tempo
-    bars = math.ceil(SONG_SECONDS / (4 * beat))
-    loop, harmonic_minor = int(rng.choice([4, 4, 8])), rng.random() < 0.5
-    degrees = [0 if rng.random() < 0.7 else int(rng.choice(list(follows)))]
-    while len(degrees) < loop:
-        degrees.append(int(rng.choice(follows[degrees[-1]])))
-    rest_bar = int(rng.integers(1, bars)) if rng.random() < 0.3 else -1   # a bar of drums alone: "no chord"
+    span = 2 if tempo < 110 else 4                                        # beats a chord lasts: 1.5 to 2.2 s
+    spans = math.ceil(SONG_SECONDS / (span * beat))
+    harmonic_minor = rng.random() < 0.5
+    # Verse and chorus: each half has its own loop of chords, so that only the key is common to both.
+    loops = []
+    for length in rng.choice([4, 4, 8], 2):
+        loop = []
+        while not all(edge & set(loop) for edge in EDGES[mode]):
+            loop = [0 if rng.random() < 0.7 else int(rng.choice(list(follows)))]
+            while len(loop) < length:
+                loop.append(int(rng.choice(follows[loop[-1]])))
+        loops.append(loop)
+    rest = int(rng.integers(1, spans)) if rng.random() < 0.3 else -1      # a moment of drums alone: "no chord"
     pitch_of = lambda degree: tonic + scale[degree % 7] + 12 * (degree // 7)
-    # The melody keeps its instrument; chords and bass change theirs halfway, as does the style of playing.
+    # The melody keeps its instrument; chords and bass change theirs, as does the style of playing.
     timbres = tuple(int(t) for t in rng.permutation(len(TIMBRES))[:5])      # melody, then chords and bass of each half
     sections = [dict(comp=rng.choice(["block", "arpeggio", "offbeat"]), bass=rng.choice(["root", "walk", "pulse"]),
                      drums=rng.random() < 0.6, dense=rng.uniform(0.5, 0.9)) for _ in range(2)]
@@ -543,34 +555,34 @@ def compose(index, seed=0):
     lowest = [int(low + rng.integers(12)) for low in (46, 46, 29)]         # melody, chords, bass (MIDI pitch)
     home, melody = lowest[0] + (tonic - lowest[0]) % 12, int(rng.integers(7, 14))
     notes, drums, chords = [], [], []
-    for bar in range(bars):
-        half, start = 2 * bar // bars, 4 * beat * bar
+    for i in range(spans):
+        half, start = 2 * i // spans, span * beat * i
         section, comp, bass = sections[half], 1 + 2 * half, 2 + 2 * half
-        if section["drums"] or bar == rest_bar:
-            drums += [(start + b * beat, kind) for b, kind in enumerate(("kick", "snare", "kick", "snare"))]
-            drums += [(start + b * beat / 2, "hat") for b in range(8) if rng.random() < section["dense"]]
-        if bar == rest_bar:
-            chords.append((start, start + 4 * beat, 24))
+        if section["drums"] or i == rest:
+            drums += [(start + b * beat, kind) for b, kind in enumerate(("kick", "snare", "kick", "snare")[:span])]
+            drums += [(start + b * beat / 2, "hat") for b in range(2 * span) if rng.random() < section["dense"]]
+        if i == rest:
+            chords.append((start, start + span * beat, 24))
             continue
-        degree = degrees[bar % loop]
+        degree = loops[half][i % len(loops[half])]
         triad = [pitch_of(degree + step) for step in (0, 2, 4)]
         if mode == "minor" and degree == 4 and harmonic_minor:
             triad[1] += 1                                                 # the leading tone: V instead of v
-        chords.append((start, start + 4 * beat, triad[0] % 12 + 12 * (triad[1] - triad[0] == 3)))
+        chords.append((start, start + span * beat, triad[0] % 12 + 12 * (triad[1] - triad[0] == 3)))
         voiced = sorted(lowest[1] + (p - lowest[1]) % 12 for p in triad)
         if section["comp"] == "block":
-            notes += [(start + b * beat, 1.9 * beat, p, 0.5, comp) for b in (0, 2) for p in voiced]
+            notes += [(start + b * beat, 1.9 * beat, p, 0.5, comp) for b in range(0, span, 2) for p in voiced]
         elif section["comp"] == "arpeggio":
-            notes += [(start + b * beat / 2, beat, (voiced + voiced[1:2])[b % 4], 0.6, comp) for b in range(8)]
+            notes += [(start + b * beat / 2, beat, (voiced + voiced[1:2])[b % 4], 0.6, comp) for b in range(2 * span)]
         else:
-            notes += [(start + (b + 0.5) * beat, 0.4 * beat, p, 0.5, comp) for b in range(4) for p in voiced]
+            notes += [(start + (b + 0.5) * beat, 0.4 * beat, p, 0.5, comp) for b in range(span) for p in voiced]
         low = lowest[2] + (triad[0] - lowest[2]) % 12
         if section["bass"] == "root":
-            notes.append((start, 3.8 * beat, low, 0.8, bass))
+            notes.append((start, (span - 0.2) * beat, low, 0.8, bass))
         else:
             steps = (0, 0, 0, 0) if section["bass"] == "pulse" else (0, triad[1] - triad[0], triad[2] - triad[0], 12)
-            notes += [(start + b * beat, 0.9 * beat, low + s, 0.8, bass) for b, s in enumerate(steps)]
-        for eighth in range(8):                                           # melody: a walk on the scale, pulled to the chord
+            notes += [(start + b * beat, 0.9 * beat, low + s, 0.8, bass) for b, s in enumerate(steps[:span])]
+        for eighth in range(2 * span):                                        # melody: a walk on the scale, pulled to the chord
             if rng.random() > section["dense"]:
                 continue
             melody = int(np.clip(melody + rng.integers(-2, 3), 4, 18))
@@ -581,7 +593,7 @@ def compose(index, seed=0):
             notes.append((start + eighth * beat / 2, beat * rng.choice([0.5, 0.5, 1.0]), home + pitch - tonic, rng.uniform(0.8, 1.1), 0))
     signature = tonic if mode == "major" else (tonic + 3) % 12
     return dict(tonic=tonic, mode=mode, signature=signature, key=tonic + 12 * (mode == "minor"), instrument=timbres[0],
-                tempo=tempo, chords=chords, beats=[b * beat for b in range(4 * bars)], notes=notes, drums=drums,
+                tempo=tempo, chords=chords, beats=[b * beat for b in range(span * spans)], notes=notes, drums=drums,
                 timbres=timbres, colour=rng.uniform(0.7, 1.4, 5),
                 levels=np.array([1.5, *rng.uniform(0.3, 0.6, 4)]), drum_level=rng.uniform(0.2, 0.6),
                 detune=float(np.clip(rng.normal(0, 0.1), -0.3, 0.3)), noise_seed=int(rng.integers(2 ** 31)),
@@ -602,13 +614,19 @@ def render_note(timbre, pitch, seconds, colour, rng):
     vibrato = {"strings": 0.006, "flute": 0.004}.get(name, 0) * np.sin(2 * np.pi * 5.5 * t) / 5.5
     phase = (2 * np.pi * f * (t + vibrato)).astype(np.float32)
     if name == "mallet":                                                  # a bar's modes are no multiples of each other
-        wave = sum(a * np.sin(r * phase) * np.exp(-t * d * colour) for r, a, d in ((1, 1, 5), (3.93, .5, 14), (9.2, .25, 30)) if r * f < 7500)
+        modes = ((1, 1, 5), (3.93, 0.5, 14), (9.2, 0.25, 30))             # (ratio, amplitude, decay per second)
+        wave = sum(a * np.sin(r * phase) * np.exp(-t * d * colour) for r, a, d in modes if r * f < 7500)
     elif name == "epiano":                                                # frequency modulation
-        wave = np.sin(phase + 1.8 / colour * np.exp(-3 * t) * np.sin(phase) + 0.4 * np.exp(-12 * t) * np.sin(min(7.0, 7000 / f) * phase)) * np.exp(-1.2 * t)
+        body = 1.8 / colour * np.exp(-3 * t) * np.sin(phase)
+        tine = 0.4 * np.exp(-12 * t) * np.sin(min(7.0, 7000 / f) * phase)
+        wave = np.sin(phase + body + tine) * np.exp(-1.2 * t)
     else:
-        h = np.arange(1, max(2, min(20, int(7500 / f)) + 1))
-        amplitude = {"strings": h ** -colour, "clarinet": (h % 2) * h ** -colour + 0.04 / h, "brass": h ** (-0.6 * colour) * np.exp(-h / 9),
-                     "organ": np.isin(h, (1, 2, 3, 4, 6, 8)) * h ** (-0.5 * colour), "flute": np.array([1, .35, .12, .04] + [0.0] * 16)[h - 1],
+        h = np.arange(1, max(1, min(20, int(7500 / f))) + 1)
+        amplitude = {"strings": h ** -colour,
+                     "clarinet": (h % 2) * h ** -colour + 0.04 / h,       # a closed pipe: odd harmonics
+                     "brass": h ** (-0.6 * colour) * np.exp(-h / 9),
+                     "organ": np.isin(h, (1, 2, 3, 4, 6, 8)) * h ** (-0.5 * colour),
+                     "flute": np.array([1, 0.35, 0.12, 0.04] + [0.0] * 16)[h - 1],
                      "pluck": h ** (-0.8 * colour) * np.abs(np.sin(0.55 * h))}[name]
         cosine, previous, current = 2 * np.cos(phase), np.zeros_like(phase), np.sin(phase)
         decay = np.exp(-1.1 * t) if name == "pluck" else (1 - np.exp(-9 * t)) ** 0.25 if name == "brass" else None
@@ -636,7 +654,8 @@ def render(song):
             continue
         note = cache.get((part, pitch))
         if note is None or len(note) < length:
-            note = cache[part, pitch] = render_note(song["timbres"][part], pitch + song["detune"], duration + 0.01, song["colour"][part], rng)
+            note = render_note(song["timbres"][part], pitch + song["detune"], duration + 0.01, song["colour"][part], rng)
+            cache[part, pitch] = note
             note /= np.sqrt(np.mean(note[:4000] ** 2)) + 1e-6
         note = note[:min(length, size - begin)] * np.float32(velocity * song["levels"][part])
         note[-len(release):] *= release[:len(note)]
@@ -672,7 +691,8 @@ def render(song):
 def prepare_synth(songs=SYNTH_SONGS, out="data/synth", seed=0):
     """Frame store of synthetic songs 0 .. songs - 1, through the same path as files. Made once, then cached."""
     sources = [(f"synth/{i:05d}", lambda i=i: iter([torch.from_numpy(render(compose(i, seed)))])) for i in range(songs)]
-    settings = settings_of([[name, SONG_SECONDS, seed, 1] for name, _ in sources])  # 1: version of the song maker
+    maker = "".join(map(inspect.getsource, (compose, render_note, render)))  # other rules make other songs
+    settings = settings_of([SONG_SECONDS, seed, maker, *(name for name, _ in sources)])
     return prepare(sources, out, settings, "making synthetic songs")
 
 

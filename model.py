@@ -5,8 +5,6 @@ frequencies at one moment: time is the sequence, as words are in a sentence. Cla
 audio of their own. They gather by attention what their loss asks of them: one learns key (CPSD), one timbre and style
 (NT-Xent), both in one trunk. Read top to bottom: block, model, checkpoint.
 """
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -97,7 +95,7 @@ class MT2(nn.Module):
             nn.init.zeros_(block.mlp[-1].weight)
         circulant_(self.tokenisers["cqt"][1].weight)
         if "cpsd" in tokens:
-            circulant_(self.heads["cpsd"].weight.data.T)
+            circulant_(self.heads["cpsd"].weight.data.T).mul_(0.3)  # unsure at first: a saturated softmax learns nothing
 
     def forward(self, cqt, mel, positions=None, layers=()):
         """Frames to class tokens.
@@ -147,6 +145,16 @@ def parameter_count(tokens, dim, depth, frames=SEGMENT):
     tokenisers = sum(2 * bins + bins * dim + dim for bins in (CROP_BINS, N_MELS))
     heads = {"cpsd": 12 * dim + 12, "ntxent": (dim + 1) * 4 * dim + (4 * dim + 1) * EMBEDDING}
     return depth * block + tokenisers + (len(tokens) + frames) * dim + 2 * dim + sum(heads[t] for t in tokens)
+
+
+def pick_amp(device):
+    """Whether to run matrix products in bf16 on a torch.device, and why. bf16 has fp32's range: no loss scaling."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+        return fast, "bf16 autocast, the GPU's tensor cores" if fast else "fp32, the GPU has no bf16"
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return True, "bf16 autocast, the processor multiplies bf16 at twice the speed"
+    return False, "fp32, no fast bf16 here"
 
 
 def load_checkpoint(path, device="cpu"):

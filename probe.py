@@ -8,9 +8,10 @@
 
 The protocol. A track is cut into 4 s windows that do not overlap; a feature is taken from each window at the network's
 last layer and averaged over the track, so that no window of a track can be in another split than the rest of it. One
-linear layer is trained on the features with Adam. Standardisation is fitted on the training tracks, the stopping point
-is the best validation accuracy (with few labels the loss rises while the accuracy still grows), the test tracks are predicted once. Five seeds (initial weights, and the draw of the
-labelled tracks or of the split), mean and standard deviation. Every readout is a row; none is picked.
+linear layer is trained on the features with Adam. Standardisation is fitted on the training tracks; the stopping point
+is the best validation accuracy (with few labels the loss rises while the accuracy still grows); the test tracks are
+predicted once. Five seeds (initial weights, and the draw of the labelled tracks or of the split), mean and standard
+deviation. Every readout is a row; none is picked.
 
     cpsd, ntxent ...   each class token           average, concat    of the class tokens
     sequence mean      of the frames' tokens      all tokens mean    of class tokens and frames' tokens
@@ -23,7 +24,6 @@ import argparse
 import csv
 import json
 import re
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data import (DYNAMIC_RANGE, FMIN, HOP, MAX_CROP, N_BINS, PITCH_CROP, SAMPLE_RATE, SEGMENT, SYNTH_SONGS, SYNTH_SPLITS, TIMBRES,
                   FrontEnd, InputError, audio_to_frames, compose, crop_views, find_audio, prepare_folders, prepare_synth,
                   read_audio, render_note, run_cli)
-from model import MT2, load_checkpoint
+from model import MT2, load_checkpoint, pick_amp
 
 SEEDS = 5
 PROBE_STEPS, PROBE_LR, PROBE_BATCH = 500, 1e-3, 2048  # rate: CoJEPA; steps: our choice, past the best validation score
@@ -74,8 +74,9 @@ def views_of(windows, device, crop=PITCH_CROP):
 
 
 def autocast(device):
-    from train import pick_amp  # the network runs in the precision it was trained in
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=pick_amp(torch.device(device))[0])
+    """The precision the network was trained in."""
+    device = torch.device(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=pick_amp(device)[0])
 
 
 @torch.inference_mode()
@@ -155,7 +156,8 @@ def linear_probe(x, y, splits, classes):
     for step in range(PROBE_STEPS + 1):
         if step % 10 == 0:
             with torch.no_grad():
-                score = torch.stack([((v @ weight[s] + bias[s]).argmax(dim=-1) == target).float().mean() for s, (v, target) in enumerate(valid)])
+                right = [(v @ weight[s] + bias[s]).argmax(dim=-1) == target for s, (v, target) in enumerate(valid)]
+                score = torch.stack([r.float().mean() for r in right])               # (seeds,)
                 better = (score > best_score)[:, None, None]
                 best_score = torch.maximum(score, best_score)
                 best_weight, best_bias = torch.where(better, weight, best_weight), torch.where(better, bias, best_bias)
@@ -394,7 +396,8 @@ def print_folders(checkpoint, device, data, group):
     chance = {"accuracy": float(np.mean([np.bincount(y[test]).max() / len(test) for _, _, test in splits]))}
     train, valid, test = splits[0]
     print_table(f"{checkpoint} on {data}: {len(names)} classes, {len(keep)} tracks, {len(set(groups))} groups, split by group\n"
-                f"(seed 0: {len(train)} train, {len(valid)} valid, {len(test)} test), {SEEDS} seeds, accuracy in %", ["accuracy"], results, chance)
+                f"(seed 0: {len(train)} train, {len(valid)} valid, {len(test)} test), {SEEDS} seeds, accuracy in %",
+                ["accuracy"], results, chance)
     write_json(Path(checkpoint).with_name(f"probe-{Path(data).resolve().name}.json"), results, chance)
 
 

@@ -21,14 +21,14 @@ import torch
 from tqdm import tqdm
 
 import probe
-from data import HOP, SAMPLE_RATE, SEGMENT, InputError, Segments, open_data, run_cli, training_views, write_atomic
+from data import SEGMENT, InputError, Segments, open_data, run_cli, training_views, write_atomic
 from losses import circle_point, cpsd, nt_xent
-from model import BRANCH, MT2, read_checkpoint
+from model import MT2, pick_amp, read_checkpoint
 
 # Named sizes and recipes. A flag given by hand wins over its preset.
 PRESETS = {
-    # For a CPU: a third of the layers, two thirds of the width; steps for about six minutes on two cores (our choice).
-    "small": dict(dim=128, depth=4, heads=2, batch_size=128, steps=1000, mask=0.75),
+    # For a CPU: a third of the layers, two thirds of the width; steps for three minutes on two cores (our choice).
+    "small": dict(dim=128, depth=4, heads=2, batch_size=128, steps=400, mask=0.75),
     # MT2 (paper: 192 x 12 x 3, MLP 768); batch 128 and 999 epochs of 512 steps from CoJEPA; mask from CoJEPA (50-75 %).
     "mt2": dict(dim=192, depth=12, heads=3, batch_size=128, steps=511_488, mask=0.5),
 }
@@ -81,18 +81,13 @@ def training_losses(model, cqt, mel, positions, crops, omegas):
 
 
 def pick_device(name):
-    if name:
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def pick_amp(device):
-    """Whether to run matrix products in bf16, and why: it has the range of fp32, so it needs no loss scaling."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(), "bf16 autocast, the GPU's tensor cores" if torch.cuda.is_bf16_supported() else "fp32, the GPU has no bf16"
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return True, "bf16 autocast, the processor multiplies bf16 at twice the speed"
-    return False, "fp32, no fast bf16 here"
+    """The device asked for, or the best there is. Raises InputError when it is not there."""
+    if not name:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: is not available here; leave it out, or use --device cpu") from None
 
 
 def step_flops(model, batch, kept, views):
@@ -123,7 +118,7 @@ def parse_args(argv=None):
     group.add_argument("--mask", type=float, help="share of frames dropped before the trunk, 0..1")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (STONE)")
-    group.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises (our choice; CoJEPA 0.01 of 511,000)")
+    group.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises (our choice)")
     group.add_argument("--clip", type=float, default=3.0, help="largest norm of the whole gradient (STONE: 3.0 per tensor)")
     group.add_argument("--omega", default="7,1", help="circles on which CPSD is measured and averaged: 7 fifths, 1 semitones")
     group.add_argument("--seed", type=int, default=0, help="decides initial weights, batches, crops and masks")
@@ -246,10 +241,10 @@ def main():
                 if (step + 1) % args.save_every == 0 or step + 1 == stop:
                     save(step + 1)
     except KeyboardInterrupt:
-        bar.close()
         save(step)
-        sys.exit(f"stopped; {path} holds step {step}, go on with --resume")
-    bar.close()
+        sys.exit(f"\nstopped; {path} holds step {step}, go on with --resume")
+    finally:
+        bar.close()
     print(f"{path}: step {stop} of {args.steps}")
     if args.probe and stop == args.steps:
         probe.print_synth(path, device)
