@@ -467,7 +467,7 @@ def prepare(sources, out, settings, label):
                     break
                 entry, frames = running.popleft().result()
                 if frames is not None:
-                    frames.tofile(frames_file)
+                    frames_file.write(frames.tobytes())
                     frames_file.flush()  # frames before the line that names them
                     entry["frames"], rows = len(frames), rows + len(frames)
                 index_file.write(json.dumps(entry).encode() + b"\n")

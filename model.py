@@ -118,7 +118,9 @@ class MT2(nn.Module):
         branch = {"cqt": self.tokenisers["cqt"](cqt), "mel": self.tokenisers["mel"](mel)}    # (batch, frames, dim) each
         own = [branch[BRANCH[name]].mean(dim=1) for name in self.tokens]                     # (batch, dim) each
         class_tokens = torch.stack(own, dim=1) + self.class_tokens                           # (batch, tokens, dim)
-        place = self.positions[:frames] if positions is None else self.positions[positions]  # (..., frames, dim)
+        if positions is None:
+            positions = torch.arange(frames, device=cqt.device)
+        place = F.embedding(positions, self.positions)                                       # (..., frames, dim)
         x = torch.cat([class_tokens, branch["cqt"] + branch["mel"] + place], dim=1)          # (batch, tokens + frames, dim)
         n, sequence = len(self.tokens), {}
         for layer, block in enumerate(self.blocks):

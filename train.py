@@ -1,6 +1,6 @@
 """Train MT2 or one of its single-token baselines.
 
-    python train.py --tokens cpsd,ntxent                      the main job: synthetic songs, about ten minutes on two cores
+    python train.py --tokens cpsd,ntxent                      the main job: synthetic songs, four minutes on two cores
     python train.py --tokens cpsd --out out/cpsd              one token alone: the paper's baselines
     python train.py --data ~/Music --out out/mine             your own recordings
     python train.py --data synth ~/Music --steps 3000         both, mixed by the piece
@@ -13,6 +13,7 @@ import argparse
 import io
 import json
 import math
+import signal
 import sys
 import time
 from pathlib import Path
@@ -201,9 +202,10 @@ def main():
     path, stop = out / "checkpoint.pt", min(args.steps, args.stop_at or args.steps)
     settings = {name: getattr(args, name) for name in SETTINGS}
     trim_log(out / "log.jsonl", start)
-    save = lambda step: save_checkpoint(path, model, optimizer, step, settings)
     model.train()
-    step, clock, logged = start, time.perf_counter(), start
+    clock, logged, interrupted = time.perf_counter(), start, []
+    # Ctrl-C lets the running step end: half a step would be neither before nor after it.
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     bar = tqdm(initial=start, total=args.steps, desc="training", unit="step", smoothing=0.05)
     try:
         with open(out / "log.jsonl", "a") as log:
@@ -211,7 +213,7 @@ def main():
                 lr, decay = schedule(step, args.steps, args.warmup, args.lr)
                 for group in optimizer.param_groups:
                     group["lr"], group["weight_decay"] = lr, decay * group["decays"]
-                frames, crops, positions = (x.to(device, non_blocking=True) for x in segments.batch(args.seed, step, views, args.mask))
+                frames, crops, positions = (x.to(device) for x in segments.batch(args.seed, step, views, args.mask))
                 cqt, mel = training_views(frames, crops)
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                     losses, resultant = losses_of(model, cqt, mel, positions, crops, omegas)
@@ -219,13 +221,17 @@ def main():
                 total = sum(losses.values())                               # weights 1 : 1 (our choice; MT2 unknown)
                 total.backward()
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-                if (step + 1) % args.log_every == 0 or step + 1 == stop:
-                    # The only point where the host waits for the device. A bad gradient has not reached the weights yet.
-                    if not math.isfinite(total.item() + norm.item()):
-                        raise InputError(f"loss or gradient is not finite at step {step}; the last good checkpoint is {path}; "
-                                         "try --resume from it with a lower --lr in a new --out")
-                    seconds = time.perf_counter() - clock
-                    rate = (step + 1 - logged) / seconds
+                leaving = bool(interrupted)
+                last = leaving or step + 1 == stop
+                log_now, save_now = last or (step + 1) % args.log_every == 0, last or (step + 1) % args.save_every == 0
+                # Only here does the host wait for the device; what is bad never reaches a checkpoint.
+                if (log_now or save_now) and not math.isfinite(total.item() + norm.item()):
+                    raise InputError(f"loss or gradient is not finite at step {step}; the last good checkpoint is {path}; "
+                                     "start anew with a lower --lr in another --out")
+                optimizer.step()
+                bar.update()
+                if log_now:
+                    rate = (step + 1 - logged) / (time.perf_counter() - clock)
                     clock, logged = time.perf_counter(), step + 1
                     line = dict(step=step + 1, **{name: loss.item() for name, loss in losses.items()}, grad_norm=norm.item(), lr=lr,
                                 clips_per_s=views * args.batch_size * rate)
@@ -236,15 +242,15 @@ def main():
                     log.write(json.dumps({k: float(f"{v:.6g}") for k, v in line.items()}) + "\n")
                     log.flush()
                     bar.set_postfix_str("  ".join(f"{k} {v:.3g}" for k, v in line.items() if k not in ("step", "lr")), refresh=False)
-                optimizer.step()
-                bar.update()
-                if (step + 1) % args.save_every == 0 or step + 1 == stop:
-                    save(step + 1)
-    except KeyboardInterrupt:
-        save(step)
-        sys.exit(f"\nstopped; {path} holds step {step}, go on with --resume")
+                if save_now:
+                    save_checkpoint(path, model, optimizer, step + 1, settings)
+                if leaving:
+                    bar.close()
+                    print(f"stopped; {path} holds step {step + 1}, go on with --resume", file=sys.stderr)
+                    sys.exit(130)
     finally:
         bar.close()
+        signal.signal(signal.SIGINT, handler)
     print(f"{path}: step {stop} of {args.steps}")
     if args.probe and stop == args.steps:
         probe.print_synth(path, device)

@@ -1,6 +1,7 @@
 """The training loop: schedule, exact resume, checkpoints that survive anything, and one line for bad input."""
 import json
 import os
+import signal
 import sys
 
 import pytest
@@ -88,13 +89,14 @@ def test_interrupt_leaves_a_checkpoint_that_goes_on(store, tmp_path, monkeypatch
     batch = data.Segments.batch
 
     def interrupted(self, seed, step, *rest):
-        if step == 3:
-            raise KeyboardInterrupt
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)                             # the step ends first
         return batch(self, seed, step, *rest)
 
     monkeypatch.setattr(data.Segments, "batch", interrupted)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *common, "--out", tmp_path / "b")
+    assert stop.value.code == 130
     assert torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)["step"] == 3
     monkeypatch.setattr(data.Segments, "batch", batch)
     run(monkeypatch, "--out", tmp_path / "b", "--resume")
