@@ -363,6 +363,9 @@ class FrameStore:
             entries = read_index(self.folder)
         except (OSError, ValueError):
             raise InputError(f"{folder}: is not a frame store; make one with: python data.py FOLDER --out {folder}") from None
+        other = [f"{name} {self.info.get(name)}" for name, value in front_end_settings().items() if self.info.get(name) != value]
+        if other:
+            raise InputError(f"{folder}: was prepared with other settings ({', '.join(other)}); remove it and prepare it again")
         self.skipped = [(e["path"], e["error"]) for e in entries if "error" in e]
         tracks = [e for e in entries if "frames" in e]
         self.paths = [e["path"] for e in tracks]
@@ -392,11 +395,15 @@ def read_json(path):
         return {}
 
 
+def front_end_settings():
+    """What the frames of a store depend on beside the music."""
+    return dict(format=1, sample_rate=SAMPLE_RATE, hop=HOP, fmin=FMIN, n_bins=N_BINS, bins_per_octave=BINS_PER_OCTAVE,
+                n_fft=N_FFT, n_mels=N_MELS, dynamic_range=DYNAMIC_RANGE, mel_reference=MEL_REFERENCE)
+
+
 def settings_of(sources):
     """Everything that decides the bytes of a store, with a checksum. sources: what they are made from, plain types."""
-    listing = hashlib.sha256(json.dumps(sources).encode()).hexdigest()
-    settings = dict(format=1, sample_rate=SAMPLE_RATE, hop=HOP, fmin=FMIN, n_bins=N_BINS, n_fft=N_FFT, n_mels=N_MELS,
-                    bins_per_octave=BINS_PER_OCTAVE, dynamic_range=DYNAMIC_RANGE, mel_reference=MEL_REFERENCE, listing=listing)
+    settings = dict(front_end_settings(), listing=hashlib.sha256(json.dumps(sources).encode()).hexdigest())
     return dict(settings, checksum=hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
 
 

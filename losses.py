@@ -73,4 +73,4 @@ def nt_xent(z, temperature=0.1):
         log_probability = similarity.log_softmax(dim=-1)
         item = torch.arange(batch, device=z.device).repeat(views)          # (views * batch,)
         positive = (item[:, None] == item).fill_diagonal_(False)
-        return -log_probability[positive].mean()
+        return -log_probability.where(positive, 0).sum() / (views * batch * (views - 1))

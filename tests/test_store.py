@@ -127,6 +127,9 @@ def test_other_settings_prepare_anew(song_folder, copy_of, monkeypatch, setting,
     monkeypatch.setattr(data, setting, value)
     after = prepare_folders([song_folder], copy_of).frames
     assert after.shape == before.shape and (after != before).mean() > 0.1
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=setting.lower()):                 # opened by name it is refused, not misread
+        FrameStore(copy_of)
 
 
 def test_other_music_prepares_anew(tmp_path):

@@ -162,11 +162,11 @@ def test_bad_input_is_one_line(store, tmp_path, monkeypatch, capsys):
 
 
 def test_compile_is_steady(store, tmp_path, monkeypatch):
-    """After the first step torch.compile has nothing left to compile."""
+    """The step is one graph without breaks, and after the first one torch.compile has nothing left to compile."""
     counters = torch._dynamo.utils.counters
     network = model.MT2(dim=24, depth=1, heads=2)
     segments = data.Segments([data.FrameStore(store)], 4)
-    compiled = torch.compile(train.training_losses, backend="eager")
+    compiled = torch.compile(train.training_losses, backend="eager", fullgraph=True)
 
     def step(number):
         frames, crops, positions = segments.batch(0, number, 3, 0.75)

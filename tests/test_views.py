@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import data
-from data import CROP_BINS, MAX_CROP, PIECE, SEGMENT, FrameStore, InputError, Segments, crop_views
+from data import CROP_BINS, MAX_CROP, PIECE, SEGMENT, FrameStore, InputError, Segments, crop_views, front_end_settings
 
 
 def make_store(folder, lengths, number=0):
@@ -20,7 +20,7 @@ def make_store(folder, lengths, number=0):
     np.concatenate(rows).tofile(folder / "frames.bin")
     lines = [json.dumps(dict(path=f"track {i}", frames=length)) + "\n" for i, length in enumerate(lengths)]
     (folder / "index.jsonl").write_text("".join(lines))
-    (folder / "store.json").write_text("{}")
+    (folder / "store.json").write_text(json.dumps(front_end_settings()))
     return FrameStore(folder)
 
 
