@@ -186,7 +186,8 @@ def labelled_draws(pool, count, valid, test):
 def group_splits(groups):
     """Per seed, 60/20/20 % of the *groups* for training, validation and test; seeds rotate, so test groups change.
 
-    groups: one name per item. Raises InputError with fewer than three groups. Training sets are cut to one size.
+    groups: one name per item. With fewer groups than seeds some test groups come twice. Training sets are cut to one
+    size. Raises InputError with fewer than three groups.
     """
     names = np.random.default_rng(0).permutation(sorted(set(groups)))
     if len(names) < 3:

@@ -1,6 +1,6 @@
 """Train MT2 or one of its single-token baselines.
 
-    python train.py --tokens cpsd,ntxent                      the main job: synthetic songs, four minutes on two cores
+    python train.py --tokens cpsd,ntxent                      the main job: synthetic songs, seven minutes on two cores
     python train.py --tokens cpsd --out out/cpsd              one token alone: the paper's baselines
     python train.py --data ~/Music --out out/mine             your own recordings
     python train.py --data synth ~/Music --steps 3000         both, mixed by the piece
@@ -28,8 +28,8 @@ from model import MT2, pick_amp, read_checkpoint
 
 # Named sizes and recipes. A flag given by hand wins over its preset.
 PRESETS = {
-    # For a CPU: a third of the layers, two thirds of the width; steps for three minutes on two cores (our choice).
-    "small": dict(dim=128, depth=4, heads=2, batch_size=128, steps=400, mask=0.75),
+    # For a CPU: a third of the layers, two thirds of the width; steps for six minutes on two cores (our choice).
+    "small": dict(dim=128, depth=4, heads=2, batch_size=128, steps=1000, mask=0.75),
     # MT2 (paper: 192 x 12 x 3, MLP 768); batch 128 and 999 epochs of 512 steps from CoJEPA; mask from CoJEPA (50-75 %).
     "mt2": dict(dim=192, depth=12, heads=3, batch_size=128, steps=511_488, mask=0.5),
 }
