@@ -498,14 +498,18 @@ def prepare(sources, out, settings, label):
     return FrameStore(out)
 
 
+def prepare_files(files, out):
+    """Frame store `out` of files [(name, path)], each name once. See prepare."""
+    settings = settings_of([(name, path.stat().st_size) for name, path in files])
+    return prepare([(name, partial(read_audio, path)) for name, path in files], out, settings, "preparing")
+
+
 def prepare_folders(folders, out=None):
     """Frame store of folders of music. `out` defaults to data/NAME-HASH, one per set of folders."""
     files = find_audio(folders)
-    settings = settings_of([(name, path.stat().st_size) for name, path in files])
-    if out is None:
-        where = "|".join(str(Path(f).resolve()) for f in folders)
-        out = Path("data") / f"{Path(folders[0]).resolve().name}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
-    return prepare([(name, partial(read_audio, path)) for name, path in files], out, settings, "preparing")
+    where = "|".join(str(Path(f).resolve()) for f in folders)
+    default = f"{Path(folders[0]).resolve().name}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
+    return prepare_files(files, out or Path("data") / default)
 
 
 # ---------------------------------------------------------------- synthetic songs

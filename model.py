@@ -103,8 +103,9 @@ class MT2(nn.Module):
         cqt (batch, frames, 84) and mel (batch, frames, 128), log-compressed to [0, 1]. positions (batch, frames) int64
         says which frames of the segment these are; without it, the first ones in order. A masked frame is one that is
         not given: it costs nothing, and class tokens are never masked.
-        Returns ({name: (batch, dim)}, {layer: (batch, frames, dim)}): the class tokens after the last layer, and for
-        each layer in `layers` (0 = tokeniser + positions .. depth = after the final norm) the sequence tokens.
+        Returns ({name: (batch, dim)}, {layer: (batch, tokens + frames, dim)}): the class tokens after the last layer,
+        and for each layer in `layers` (0 = tokeniser + positions .. depth = after the final norm) all tokens, class
+        tokens first.
         Raises ValueError when the shapes do not fit or there are more frames than positions.
         """
         batch, frames, _ = cqt.shape
@@ -122,15 +123,15 @@ class MT2(nn.Module):
             positions = torch.arange(frames, device=cqt.device)
         place = F.embedding(positions, self.positions)                                       # (..., frames, dim)
         x = torch.cat([class_tokens, branch["cqt"] + branch["mel"] + place], dim=1)          # (batch, tokens + frames, dim)
-        n, sequence = len(self.tokens), {}
+        inside = {}
         for layer, block in enumerate(self.blocks):
             if layer in layers:
-                sequence[layer] = x[:, n:]
+                inside[layer] = x
             x = block(x)
         x = self.norm(x)
         if len(self.blocks) in layers:
-            sequence[len(self.blocks)] = x[:, n:]
-        return {name: x[:, i] for i, name in enumerate(self.tokens)}, sequence
+            inside[len(self.blocks)] = x
+        return {name: x[:, i] for i, name in enumerate(self.tokens)}, inside
 
     def profile(self, token):
         """CPSD class token (batch, dim) -> pitch profile (batch, 12), non-negative, summing to 1."""

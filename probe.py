@@ -1,20 +1,39 @@
 """What did it learn? Frozen features, judged by one linear layer, beside the rows that learned nothing.
 
-    python probe.py synth --checkpoint out/mt2/checkpoint.pt        the embedded songs (default: the newest run)
-    python probe.py folders --data DIR                              your recordings, one sub-folder per class
-    python probe.py folders --data DIR --group "^[a-z]+"            ... soundfont, artist or album kept on one side
-    python probe.py key SONG_OR_FOLDER...                           key signature, no labels needed
-    python probe.py key FOLDER --labels keys.csv                    ... scored against a CSV with columns file,key
+    python probe.py list                                    the tasks, where each looks for its files, what is there
+    python probe.py gtzan [--data DIR]                      one task of the field, from files you have
+    python probe.py synth                                   the embedded songs, nothing needed
+    python probe.py folders --data DIR [--group REGEX]      your recordings, one sub-folder per class
+    python probe.py csv --data labels.csv --audio DIR --label COLUMN [--split COLUMN] [--group COLUMN]
+    python probe.py key SONG_OR_FOLDER... [--keys CSV]      key signature without labels
+    python probe.py compare A.json B.json...                runs side by side
 
-The protocol. A track is cut into 4 s windows that do not overlap; a feature is taken from each window at the network's
-last layer and averaged over the track, so that no window of a track can be in another split than the rest of it. One
-linear layer is trained on the features with Adam. Standardisation is fitted on the training tracks; the stopping point
-is the best validation accuracy (with few labels the loss rises while the accuracy still grows); the test tracks are
-predicted once. Five seeds (initial weights, and the draw of the labelled tracks or of the split), mean and standard
-deviation. Every readout is a row; none is picked.
+The story: tasks (whose files, whose labels) -> features (frozen, cached) -> probe (the only thing trained) -> metrics.
+
+The protocol, `linear`. A track is cut into 4 s windows that do not overlap (a rest under 4 s is dropped unless it is all
+there is; nothing is padded), and the network's last layer gives one feature vector a window. Tracks are split before
+anything else. One linear layer is trained on the windows of the training tracks, each with its track's label; a track's
+prediction is the mean of its windows' outputs. Adam, rate 1e-3, batch 128, at most 50 x 128 steps (CoJEPA); features
+standardised by the training windows; the weights of the best validation score are kept, and the fit ends when that has
+not risen for 640 steps (our choice). The test tracks are predicted once. Five seeds, mean and standard deviation; in
+brackets the 95 % interval of 1000 bootstrap draws of test tracks (of the first seed, as all seeds share the test set;
+of all seeds together where each has its own).
+
+`--grid` tries 216 configurations (jukemir): standardise or not, linear or 512 ReLU units, batch 64 or 256, rate 1e-5,
+1e-4 or 1e-3, dropout .25, .5 or .75 (on the input too), L2 0, 1e-4 or 1e-3. The best validation score wins, ties by order;
+the code that chooses is never given a test track. The winner is then trained with five seeds. Two departures, for two
+CPU cores: after 64, 128, 256 and 512 steps the worse half by validation leaves, and 256 steps without a better score
+(jukemir: 2048) end a fit.
+
+Local tasks label every frame: `chords` (25 classes, the overlap weighted by duration) and `beats`, where the layer says
+"beat" or not. Beat activations are smoothed by (1, 2, 1) / 4; a beat is a frame higher than its four neighbours on each
+side and than a threshold, which is the best of 19 on the validation tracks. F-measure with +-70 ms, every beat counted.
+
+Every readout is a row; none is picked, on test or otherwise:
 
     cpsd, ntxent ...   each class token           average, concat    of the class tokens
     sequence mean      of the frames' tokens      all tokens mean    of class tokens and frames' tokens
+    sequence           each frame's own token, in local tasks
     untrained ...      the same readouts of the same network with random weights
     raw                mean and deviation over time of the very spectrograms the network sees
 
@@ -22,8 +41,13 @@ A row is evidence only if it beats raw and untrained: pooled spectrograms alread
 """
 import argparse
 import csv
+import hashlib
 import json
+import os
 import re
+import time
+from collections import Counter, namedtuple
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -31,44 +55,448 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (DYNAMIC_RANGE, FMIN, HOP, MAX_CROP, N_BINS, PITCH_CROP, SAMPLE_RATE, SEGMENT, SYNTH_SONGS, SYNTH_SPLITS, TIMBRES,
-                  FrontEnd, InputError, audio_to_frames, compose, crop_views, find_audio, prepare_folders, prepare_synth,
-                  read_audio, render_note, run_cli)
+from data import (AUDIO_SUFFIXES, DYNAMIC_RANGE, FMIN, HOP, MAX_CROP, N_BINS, PITCH_CROP, SAMPLE_RATE, SEGMENT, SYNTH_SPLITS,
+                  TIMBRES, FrontEnd, InputError, audio_to_frames, compose, crop_views, find_audio, prepare_files,
+                  prepare_folders, prepare_synth, read_audio, render_note, run_cli)
 from model import MT2, load_checkpoint, pick_amp
 
 SEEDS = 5
-PROBE_STEPS, PROBE_LR, PROBE_BATCH = 500, 1e-3, 2048  # rate: CoJEPA; steps: our choice, past the best validation score
+FRAME_SECONDS = HOP / SAMPLE_RATE
+
+# ---------------------------------------------------------------- labels: keys, chords
+
 KEY_NAMES = "C Db D Eb E F Gb G Ab A Bb B".split()
-# How well each pitch class fits C major and C minor, as listeners rated it (Krumhansl and Kessler 1982).
-KRUMHANSL = {"major": (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
-             "minor": (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)}
-
-# ---------------------------------------------------------------- features
+ALL_KEYS = KEY_NAMES + [name.lower() for name in KEY_NAMES]  # index 0..23; minor keys in lower case
 
 
-def cut_windows(frames):
-    """(frames, 224) uint8 of a track -> (windows, 126, 224). A track under 4 s is one window, padded with silence."""
-    if len(frames) < SEGMENT:
-        frames = np.pad(frames, ((0, SEGMENT - len(frames)), (0, 0)))
-    return torch.from_numpy(np.array(frames[:len(frames) // SEGMENT * SEGMENT])).view(-1, SEGMENT, frames.shape[1])
+def parse_key(text):
+    """'F# minor', 'Bb:maj', 'a', 'd# minor<TAB>2' ... -> 0..11 major, 12..23 minor (C = 0); None when it names no single key."""
+    match = re.fullmatch(r"([A-Ga-g])([#b]*)[\s:]*((?i:maj(?:or)?|min(?:or)?)|M|m)?", text.split("\t")[0].strip())
+    if not match:
+        return None
+    letter, accidentals, mode = match.groups()
+    tonic = "C D EF G A B".index(letter.upper()) + accidentals.count("#") - accidentals.count("b")
+    minor = mode is not None and (mode == "m" or mode.lower().startswith("min"))
+    return tonic % 12 + 12 * minor
 
 
-def window_batches(tracks, size=128):
-    """Iterate over tracks [(frames, 224) uint8]; yields (windows <= size, 126, 224), windows of many tracks together."""
-    waiting, count = [], 0
-    for frames in tracks:
-        waiting.append(cut_windows(frames))
-        count += len(waiting[-1])
-        while count >= size:
-            pending = torch.cat(waiting)
-            yield pending[:size]
-            waiting, count = [pending[size:]], count - size
-    if count:
-        yield torch.cat(waiting)
+def signature_of(key):
+    """Key 0..23 -> tonic of the major key with the same signature: A minor (21) -> C (0)."""
+    return key if key < 12 else (key + 3) % 12
+
+
+# Chord qualities by semitones above the root, within the first octave and beyond.
+QUALITIES = {"maj": (0, 4, 7), "min": (0, 3, 7), "aug": (0, 4, 8), "dim": (0, 3, 6), "sus2": (0, 2, 7), "sus4": (0, 5, 7),
+             "7": (0, 4, 7, 10), "maj7": (0, 4, 7, 11), "min7": (0, 3, 7, 10), "minmaj7": (0, 3, 7, 11), "maj6": (0, 4, 7, 9),
+             "min6": (0, 3, 7, 9), "dim7": (0, 3, 6, 9), "hdim7": (0, 3, 6, 10), "aug7": (0, 4, 8, 10), "9": (0, 4, 7, 10, 14),
+             "maj9": (0, 4, 7, 11, 14), "min9": (0, 3, 7, 10, 14), "11": (0, 4, 7, 10, 14, 17), "maj11": (0, 4, 7, 11, 14, 17),
+             "min11": (0, 3, 7, 10, 14, 17), "13": (0, 4, 7, 10, 14, 21), "maj13": (0, 4, 7, 11, 14, 21),
+             "min13": (0, 3, 7, 10, 14, 21), "1": (0,), "5": (0, 7)}
+NO_CHORD, UNKNOWN = 24, -1
+
+
+def semitones(degree):
+    """Scale degree of the chord grammar -> semitones above the root: '5' 7, 'b7' 10, '9' 14. None when it is none."""
+    match = re.fullmatch(r"([#b]*)(\d+)", degree.strip())
+    if not match or not int(match[2]):
+        return None
+    octave, step = divmod(int(match[2]) - 1, 7)
+    return 12 * octave + (0, 2, 4, 5, 7, 9, 11)[step] + match[1].count("#") - match[1].count("b")
+
+
+def parse_chord(label):
+    """'Bb:maj7/3', 'G', 'N' -> 0..11 major, 12..23 minor, 24 no chord, -1 neither (no loss, not scored).
+
+    The strict rule of mir_eval's majmin: after the edits in parentheses, and with the bass note added, the notes within a
+    fifth of the root must be exactly a major or minor triad. So C:7/b7 is C major, but D:maj/2 and Bb:maj(*3) are -1.
+    """
+    if label == "N":
+        return NO_CHORD
+    match = re.fullmatch(r"([A-G])([#b]*)(?::([a-z0-9]+)?(?:\(([^)]*)\))?)?(?:/([#b]*\d+))?", label)
+    if not match or (match[3] and match[3] not in QUALITIES):
+        return UNKNOWN
+    letter, accidentals, quality, edits, bass = match.groups()
+    root = ("C D EF G A B".index(letter) + accidentals.count("#") - accidentals.count("b")) % 12
+    notes = {0} if quality is None and edits else set(QUALITIES[quality or "maj"])
+    for degree in filter(None, map(str.strip, (edits or "").split(","))):
+        note = semitones(degree.lstrip("*"))
+        if note is None:
+            return UNKNOWN
+        notes = notes - {note} if degree.startswith("*") else notes | {note}
+    if bass:
+        notes.add(semitones(bass))
+    triad = {note for note in notes if note is not None and note <= 7}
+    return root if triad == {0, 4, 7} else 12 + root if triad == {0, 3, 7} else UNKNOWN
+
+
+def read_intervals(path):
+    """Chord intervals [(start, end, class)] of a .lab file (any white space) or a ;-separated csv with a header."""
+    text, rows = path.read_text(encoding="utf-8-sig"), []
+    if path.suffix == ".csv":
+        for row in csv.DictReader(text.splitlines(), delimiter=";"):
+            rows.append((row.get("start", row.get("t_start")), row.get("end", row.get("t_end")), row.get("majmin", row.get("chord"))))
+    else:
+        rows = [(fields[0], fields[1], fields[-1]) for fields in map(str.split, text.splitlines()) if len(fields) >= 3]
+    try:
+        return [(float(start), float(end), parse_chord(label.strip())) for start, end, label in rows]
+    except (TypeError, ValueError, AttributeError):
+        raise InputError(f"{path}: is not a chord file; give lines of start, end and label") from None
+
+
+def read_times(path):
+    """Beat times in seconds, sorted: the first field of every line, whatever separates it from the next."""
+    try:
+        return np.sort(np.array([float(line.split()[0]) for line in path.read_text().splitlines() if line.strip()]))
+    except ValueError:
+        raise InputError(f"{path}: is not a beat file; give one time in seconds at the start of every line") from None
+
+
+# ---------------------------------------------------------------- tasks: whose files, whose labels
+
+# labels {target: label}; split "train", "valid", "test", a fold number, or None (then groups are split); items of one
+# group stay on one side.
+Track = namedtuple("Track", "name path labels split group")
+Task = namedtuple("Task", "what obtain place homes read targets expected broken note", defaults=((), ""))
+LOCAL = ("chords", "beats")
+
+
+class Files:
+    """The files below some folders, found by name: data sets circulate in many layouts, their file names stay."""
+
+    def __init__(self, roots):
+        self.roots, self.paths, self.by_name = [Path(r) for r in roots], [], {}
+        for root in self.roots:
+            for folder, folders, names in os.walk(root, followlinks=True):
+                folders.sort()
+                self.paths += [Path(folder) / name for name in sorted(names) if not name.startswith(".")]
+        for path in self.paths:
+            if path.suffix.lower() in AUDIO_SUFFIXES:
+                for name in (path.stem, f"{path.parent.name}/{path.stem}"):
+                    if path.suffix.lower() == ".wav" or name.lower() not in self.by_name:  # a .wav is preferred to its .au
+                        self.by_name[name.lower()] = path
+
+    def audio(self, *names):
+        """Path of the audio file with one of these names ("stem" or "folder/stem", any case), or None."""
+        return next((self.by_name[n.lower()] for n in names if n.lower() in self.by_name), None)
+
+    def matching(self, pattern):
+        """Paths whose text below a root matches the regex, sorted."""
+        return [p for p in self.paths if re.search(pattern, p.as_posix())]
+
+    def rows(self, *names, delimiter=","):
+        """Rows of the first table found under one of these file names. Raises InputError with the names tried."""
+        for name in names:
+            for path in self.paths:
+                if path.name == name:
+                    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+                        return [{(k or "").strip(): (v or "").strip() for k, v in row.items() if not isinstance(v, list)}
+                                for row in csv.DictReader(file, delimiter=delimiter)]
+        raise InputError(f"no {' or '.join(names)} below {' or '.join(map(str, self.roots))}")
+
+
+def hashed(text, modulus):
+    """A number 0 .. modulus - 1 that depends on the text alone: splits that are the same everywhere."""
+    return int(hashlib.sha1(text.encode()).hexdigest(), 16) % modulus
+
+
+# The fault-filtered split of GTZAN (Kereliuk, Sturm and Larsen 2015): clip 0 .. 99 of each genre; t train, v valid, e test.
+GTZAN_SPLIT = {
+    "blues":     "vvvvvvvvvvvveeeeeeeeeeeeeeeeetttttttttttttttttttttvvvvvvvvvvveeeeeeeeeeeetttttttttttttttttttttttttee",
+    "classical": "vvvvvvvvvvveeeeeeeeeeeeeeeeeeetttteeeeeeee.ttttttettttttttttttttttttvvvvvvvvveeetttttttttttttttttttt",
+    "country":   "vvvvvvvv.vvvvvvvvvvttttttttvtteeeeeeeeeeevveeveeevee.eeeeeeeeeeeettttttttttttttttttttttttttttttttttt",
+    "disco":     "vevvvtvvvvvvvvvttttttetttttttttttttttt.tttttttvtvt..vtt.ttet.teeeeevvet.vttveeeeeeeeeeeeetveeeevee.e",
+    "hiphop":    "e.tttttttttttttttttttttttteettetttttttt.etteee.....eeeettttttteeeeeeeeeeeeee.ttttvvvvvvvvvvvvvvvvvve",
+    "jazz":      "ttvvvvvvvvvttttttttttttttvvvvvvvv........t.....tttttttttttttttttttttttttteeeeeeeeeeeeeeeeeeeeeeeeeee",
+    "metal":     "vvtt.tvvvvvveeeevvvvvteeteeeeeeeee.tvvee......tttttttttttt.ttttttttevtetteeevvettvveteteettttttttttt",
+    "pop":       "eettttttttvttee.ttttt..ttttttt.tttttt.tttttet.t..tt..v.v..vvvvveeee..eeeeeeeeeeetvevvvv.eeeeeeeeettt",
+    "reggae":    "ttt.t.t..t.tt.ttttttttttttttttttt.eeeeeee.tttteeettteetttttttvvteeeeetvev.v.vvve..eeev.eeee.vvvvvvvv",
+    "rock":      "tttttttttteeeeeettttttttttteeeeeeeeeeeveeeeeeeeeevvvvvvvvttttttttttttttvvvvvvvvvvvvvvveeeeettttttttt",
+}
+SPLIT_LETTERS = {"t": "train", "v": "valid", "e": "test"}
+GTZAN_PART = {f"{genre}.{i:05d}": SPLIT_LETTERS[letter] for genre, letters in GTZAN_SPLIT.items()
+              for i, letter in enumerate(letters) if letter in SPLIT_LETTERS}
+
+
+def gtzan_audio(files, name):
+    return files.audio(name, name.replace("hiphop", "hip-hop"))
+
+
+def read_gtzan(files):
+    """genres/blues/blues.00000.wav or .au; Data/genres_original/...; any folder. One loader writes hip-hop."""
+    for name, part in GTZAN_PART.items():
+        yield Track(name, gtzan_audio(files, name), {"genre": name.split(".")[0]}, part, name)
+
+
+def read_gtzan_key(files):
+    """blues.00000.lerch.txt holds one integer counted from A: 0-11 A..G# major, 12-23 a..g# minor, -1 no single key."""
+    for path in files.matching(r"\.lerch\.txt$"):
+        name, value = path.name[:-len(".lerch.txt")], int(path.read_text())
+        if value >= 0 and name in GTZAN_PART:  # -1 before the formula, or it becomes Ab major
+            key = (value % 12 + 9) % 12 + 12 * (value >= 12)
+            yield Track(name, gtzan_audio(files, name), {"key": key}, GTZAN_PART[name], name)
+
+
+def giantsteps_test(files):
+    """annotations/key/10089.LOFI.key: "D major". 604 tracks."""
+    found = [p for p in files.matching(r"/annotations/key/[^/]*\.LOFI\.key$") if "mtg" not in p.as_posix().lower()]
+    if not found and files.matching(r"/keys_gs\+/"):
+        raise InputError("this is GiantSteps+ (600 tracks, revised labels), not the benchmark's giantsteps-key-dataset (604)")
+    for path in found:
+        yield Track(path.stem, files.audio(path.stem), {"key": parse_key(path.read_text())}, "test", path.stem)
+
+
+def read_giantsteps(files):
+    """Training: giantsteps-mtg-key-dataset/annotations/annotations.txt, confidence 2 and one key; artists split by hash."""
+    artists = {row["ID"]: [a.strip() for a in row["ARTIST"].split(",")] for row in files.rows("beatport_metadata.txt", delimiter="\t")}
+    valid = {a for several in artists.values() for a in several if hashed(a.lower(), 116) >= 100}
+    for _ in range(2):  # who made a track with a validation artist is one too, twice removed
+        for several in artists.values():
+            if valid & set(several):
+                valid |= set(several)
+    for row in files.rows("annotations.txt", delimiter="\t"):
+        key = parse_key(row["MANUAL KEY"])
+        if row["C"] == "2" and key is not None:  # "-", blanks and several keys ("a/b") name no single key
+            part = "valid" if valid & set(artists.get(row["ID"], [])) else "train"
+            yield Track(f"{row['ID']}.LOFI", files.audio(f"{row['ID']}.LOFI"), {"key": key}, part, row["ID"])
+    yield from giantsteps_test(files)
+
+
+def read_fmak(files):
+    """fmakv2.csv or fma_keys_metadata.csv: track_id, key_and_mode; 10 -> 000/000010.mp3. Validation: a tenth, by artist."""
+    artist = {}
+    for path in files.matching(r"/tracks\.csv$"):  # FMA's metadata, three lines of header
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = csv.reader(file)
+            column = list(zip(next(rows), next(rows))).index(("artist", "id"))
+            artist = {row[0]: row[column] for row in rows if len(row) > column}
+    for row in files.rows("fmakv2.csv", "fma_keys_metadata.csv"):
+        group = artist.get(row["track_id"], f"track {row['track_id']}")
+        name = f"{int(row['track_id']):06d}"
+        part = "valid" if hashed(group, 10) == 0 else "train"
+        yield Track(name, files.audio(f"{name[:3]}/{name}", name), {"key": parse_key(row["key_and_mode"])}, part, group)
+    yield from giantsteps_test(files)
+
+
+MTT_TAGS = ("guitar,classical,slow,techno,strings,drums,electronic,rock,fast,piano,ambient,beat,violin,vocal,synth,female,indian,"
+            "opera,male,singing,vocals,no vocals,harpsichord,loud,quiet,flute,woman,male vocal,no vocal,pop,soft,sitar,solo,man,"
+            "classic,choir,voice,new age,dance,male voice,female vocal,beats,harp,cello,no voice,weird,country,metal,female voice,"
+            "choral").split(",")
+MTT_CORRUPT = {"35644", "55753", "57881"}
+
+
+def read_mtt(files):
+    """annotations_final.csv, tab separated: clip_id, 188 tags, mp3_path. Split by the first character of mp3_path."""
+    for row in files.rows("annotations_final.csv", delimiter="\t"):
+        tags = [tag for tag in MTT_TAGS if row[tag] == "1"]
+        if row["mp3_path"] and tags and str(int(row["clip_id"])) not in MTT_CORRUPT:
+            folder, stem = row["mp3_path"].split("/")[0], Path(row["mp3_path"]).stem
+            part = "train" if folder in "0123456789ab" else "valid" if folder == "c" else "test"
+            yield Track(f"{folder}/{stem}", files.audio(f"{folder}/{stem}", stem), {"tags": tags}, part, row["clip_id"])
+
+
+def read_emomusic(files):
+    """songs_info.csv names the official test set; the rest is split by artist. Arousal and valence, 1 to 9."""
+    means = {int(row["song_id"]): (float(row["mean_arousal"]), float(row["mean_valence"])) for row in files.rows("static_annotations.csv")}
+    for row in files.rows("songs_info.csv"):
+        song = int(row["song_id"])
+        artist = re.sub(" +", " ", re.sub("[^a-z ]", "", row["Artist"].lower())).strip()
+        official = row["Mediaeval 2013 set"] == "evaluation"
+        part = "test" if official else "valid" if hashed(artist, 10) >= 8 else "train"
+        if song in means:
+            yield Track(f"{song}", files.audio(f"{song}", f"{song:04d}"), {"emotion": means[song]}, part, artist)
+
+
+def read_medleysolos(files):
+    """Medley-solos-DB_test-0_UUID.wav; the subset and the song are columns of Medley-solos-DB_metadata.csv."""
+    for row in files.rows("Medley-solos-DB_metadata.csv"):
+        name = f"Medley-solos-DB_{row['subset']}-{row['instrument_id']}_{row['uuid4']}"
+        part = {"training": "train", "validation": "valid"}.get(row["subset"], row["subset"])
+        yield Track(name, files.audio(name), {"instrument": row["instrument"]}, part, row["song_id"])
+
+
+def read_nsynth(files):
+    """nsynth-train/examples.json {"organ_electronic_001-060-127": {"pitch": 60, ...}} and nsynth-train/audio/*.wav."""
+    for part in ("train", "valid", "test"):
+        for path in files.matching(rf"nsynth-{part}[^/]*/examples\.json$")[:1]:
+            for name, note in json.loads(path.read_text()).items():
+                labels = {"instrument": note["instrument_family_str"], "pitch": note["pitch"]}
+                yield Track(name, files.audio(name), labels, part, note["instrument_str"])
+
+
+def read_tinysol(files):
+    """TinySOL_metadata.csv: Path, Fold, Instrument (in full), Pitch ID (MIDI). Five official folds."""
+    for row in files.rows("TinySOL_metadata.csv"):
+        stem = Path(row["Path"]).stem
+        labels = {"instrument": row["Instrument (in full)"], "pitch": int(row["Pitch ID"])}
+        yield Track(stem, files.audio(stem), labels, int(row["Fold"]), stem)
+
+
+def read_tempo(files):
+    """annotations_v2/tempo/28952.LOFI.bpm (0.0 = no tempo: dropped); splits/fold01..10.txt list the files of each fold."""
+    fold = {line.strip().removesuffix(".mp3"): int(path.stem[4:]) - 1 for path in files.matching(r"/fold\d\d\.txt$")
+            for line in path.read_text().splitlines() if line.strip()}
+    for path in files.matching(r"/annotations_v2/tempo/[^/]*\.bpm$"):
+        bpm = float(path.read_text())
+        if bpm > 0 and path.stem in fold:
+            yield Track(path.stem, files.audio(path.stem), {"tempo": bpm}, fold[path.stem], path.stem)
+
+
+def read_chords(files):
+    """song.lab beside or apart from song.wav (Isophonics, or your own); RWC's N001-M01-T01.lab; Winterreise's csv files.
+
+    Split by album folder where there are at least five, else by song; the performances of one Schubert song stay together.
+    """
+    found = [p for p in files.matching(r"\.lab$|/ann_audio_chord/[^/]*\.csv$|/chords/.*\.csv$") if "keylab" not in p.as_posix()]
+    folders = {p.parent for p in found}
+    for path in found:
+        rwc, lied = re.fullmatch(r"N\d+-M(\d+)-T(\d+)", path.stem), re.search(r"D911-\d+", path.stem)
+        names = [f"rwc-p-m{rwc[1]}/{int(rwc[2])}", f"rwc-p-m{rwc[1]}/{rwc[2]}"] if rwc else [f"{path.parent.name}/{path.stem}", path.stem]
+        group = lied[0] if lied else str(path.parent) if len(folders) >= 5 else path.stem
+        yield Track(f"{path.parent.name}/{path.stem}", files.audio(*names), {"chords": path}, None, group)
+
+
+BALLROOM_TWICE = {f"Albums-{name}" for name in ("AnaBelen_Veneo-15", "Ballroom_Magic-18", "Chrisanne2-12", "Fire-09", "Latin_Jam-13",
+                                                "Latin_Jam-14", "Latin_Jam-15", "Latin_Jam2-13", "Latin_Jam2-14", "Latin_Jam2-15")
+                  } | {"Media-103414", "Media-103415", "Media-104705"}
+
+
+def read_beats(files):
+    """Train on Ballroom (Media-105901.beats), test on GTZAN (gtzan_blues_00000.beats); or .beats files of your own, split by song."""
+    found = files.matching(r"\.beats$")
+    benchmark = any(p.name.startswith("gtzan_") for p in found)
+    for path in found:
+        stem = path.stem.removeprefix("ballroom_")
+        gtzan = re.fullmatch(r"gtzan_([a-z]+)_(\d{5})", stem)
+        if stem.endswith("_noposition") or stem in BALLROOM_TWICE:
+            continue
+        name = f"{gtzan[1]}.{gtzan[2]}" if gtzan else stem
+        part = None if not benchmark else "test" if gtzan else "valid" if hashed(stem, 10) == 0 else "train"
+        yield Track(name, gtzan_audio(files, name), {"beats": path}, part, name)
+
+
+TASKS = {
+    "gtzan": Task("genre of 930 clips of 30 s, fault-filtered split", "the GTZAN genre collection (Kaggle: GTZAN Dataset - Music Genre "
+                  "Classification; Hugging Face: marsyas/gtzan)", "genre folders with blues.00000.wav ...", ("gtzan",), read_gtzan,
+                  {"genre": "class"}, (443, 197, 290), ("jazz.00054",), "jazz.00054 does not decode in the common copy"),
+    "gtzan-key": Task("key of GTZAN's clips, filtered split", "GTZAN, and the repository alexanderlerch/gtzan_key", "the genre folders and "
+                      "gtzan_key/ with its .lerch.txt files", ("gtzan",), read_gtzan_key, {"key": "key"}, (364, 165, 240), ("jazz.00054",)),
+    "giantsteps": Task("key of 604 electronic tracks; training: MTG key, split by artist", "the repositories GiantSteps/giantsteps-key-dataset and "
+                       "GiantSteps/giantsteps-mtg-key-dataset, with their audio scripts", "both repositories with their audio/ folders",
+                       ("giantsteps",), read_giantsteps, {"key": "key"}, (923, 236, 604)),
+    "fmak": Task("key: trained on FMAKv2, tested on GiantSteps", "Zenodo 12759100 (fmakv2.csv), FMA audio, and giantsteps-key-dataset",
+                 "fmakv2.csv, FMA's folders 000/ ..., and giantsteps-key-dataset", ("fmak", "giantsteps"), read_fmak, {"key": "key"}, None),
+    "mtt": Task("50 tags of MagnaTagATune, clips with at least one of them", "The MagnaTagATune Dataset (MIRG, City, University of London)",
+                "annotations_final.csv and the folders 0/ ... f/", ("mtt",), read_mtt, {"tags": "tags"}, (15247, 1529, 4332)),
+    "emomusic": Task("arousal and valence of 744 clips", "Emotion in Music Database (University of Geneva)",
+                     "clips_45seconds/, songs_info.csv and static_annotations.csv", ("emomusic",), read_emomusic, {"emotion": "regression"},
+                     (504, 115, 125), note="columns arousal, valence"),
+    "medleysolos": Task("8 instruments, 3 s clips", "Zenodo 3464194", "Medley-solos-DB_metadata.csv and the wav files", ("medleysolos",),
+                        read_medleysolos, {"instrument": "unbalanced"}, (5841, 3494, 12236)),
+    "nsynth": Task("instrument family and pitch of notes", "magenta.tensorflow.org/datasets/nsynth (jsonwav archives)",
+                   "nsynth-train/, nsynth-valid/ and nsynth-test/, each with examples.json and audio/", ("nsynth",), read_nsynth,
+                   {"instrument": "class", "pitch": "class"}, (289205, 12678, 4096)),
+    "tinysol": Task("14 instruments and pitch of notes, five folds", "Zenodo 3685367", "TinySOL_metadata.csv and the audio folders", ("tinysol",),
+                    read_tinysol, {"instrument": "class", "pitch": "class"}, 2913),
+    "giantsteps-tempo": Task("tempo of 661 electronic tracks, ten folds, annotations v2", "the repository GiantSteps/giantsteps-tempo-dataset",
+                             "the repository with its audio/ folder", ("giantsteps-tempo",), read_tempo, {"tempo": "tempo"}, 661),
+    "chords": Task("25 chords per frame: Isophonics, RWC, Winterreise, or .lab files of your own", "Isophonics; AIST (RWC); Zenodo 3968389; the "
+                   "audio from your CDs", "audio files and .lab files of the same names", ("chords",), read_chords, {"chords": "chords"}, None),
+    "beats": Task("beats per frame: Ballroom -> GTZAN, or .beats files of your own", "Ballroom (MTG, ISMIR 2004) with CPJKU/BallroomAnnotations; GTZAN "
+                  "with TempoBeatDownbeat/gtzan_tempo_beat", "audio files and .beats files of the same names", ("ballroom", "gtzan"), read_beats,
+                  {"beats": "beats"}, None, ("jazz.00054",)),
+}
+
+
+def group_of(path, pattern):
+    """The part of a file name that --group matches; the file's own path without the flag. Raises InputError."""
+    if not pattern:
+        return str(path)
+    match = re.search(pattern, path.name)
+    if not match:
+        raise InputError(f"--group {pattern!r} does not match {path.name}; the regex must match every file name")
+    return match.group()
+
+
+def read_folders(folder, pattern):
+    """One class per sub-folder. Raises InputError when there are not two."""
+    files = [(Path(name).parts, path) for name, path in find_audio([folder]) if len(Path(name).parts) > 2]
+    classes = {parts[1] for parts, _ in files}
+    if len(classes) < 2:
+        raise InputError(f"{folder}: holds {len(classes)} sub-folder(s) with audio; a class is a sub-folder, give at least two")
+    return [Track("/".join(parts[1:]), path, {"class": parts[1]}, None, group_of(path, pattern)) for parts, path in files], {"class": "class"}
+
+
+def read_csv(args):
+    """Your own table: a column `file` (path below --audio) and a column of labels. Returns (tracks, {label: kind}).
+
+    The kind follows from the column unless --kind says it: named key -> keys; every value a number -> regression; a "|"
+    anywhere -> tags; else classes. Rows without a label, or whose key names no single key, are counted and left out.
+    """
+    audio = Path(args.audio or Path(args.data).parent)
+    try:
+        with open(args.data, newline="", encoding="utf-8-sig") as file:
+            rows = [{k: (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(file)]
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"{args.data}: is not a readable CSV file") from None
+    columns = ["file", *filter(None, (args.label, args.split, args.group))]
+    for column in columns:
+        if not rows or column not in rows[0]:
+            raise InputError(f"{args.data}: has no column {column!r}; it has {', '.join(rows[0]) if rows else 'no rows'}")
+    values = [row[args.label] for row in rows if row[args.label]]
+    number = re.compile(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?")
+    kind = args.kind or ("key" if args.label == "key" else "regression" if values and all(map(number.fullmatch, values))
+                         else "tags" if any("|" in v for v in values) else "class")
+    parse = {"key": parse_key, "regression": lambda v: (float(v),), "tags": lambda v: [t.strip() for t in v.split("|") if t.strip()]}.get(kind, str)
+    parts = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid", "eval": "test", "evaluation": "test"}
+    tracks = {}
+    for row in rows:
+        try:
+            label = parse(row[args.label]) if row[args.label] else None
+        except ValueError:
+            raise InputError(f"{args.data}: {row[args.label]!r} in {args.label} is not a number; use --kind class") from None
+        part = parts.get(row[args.split].lower(), row[args.split].lower()) if args.split else None
+        if part not in (None, "train", "valid", "test"):
+            raise InputError(f"{args.data}: {row[args.split]!r} in {args.split} is none of train, valid, test")
+        path = audio / row["file"]
+        if label is not None:
+            tracks[row["file"]] = Track(row["file"], path if path.is_file() else None, {args.label: label}, part,
+                                        row[args.group] if args.group else row["file"])
+    print(f"{args.label}: {kind}; {len(tracks)} of {len(rows)} rows have a label")
+    if not tracks:
+        raise InputError(f"{args.data}: no row has a usable {args.label}")
+    return list(tracks.values()), {args.label: kind}
+# ---------------------------------------------------------------- features: frozen, cached
+
+
+def cut_windows(length, keep_rest=False):
+    """[(start, stop)] of a track's windows: whole segments of 126 frames; the rest only if asked for, or if it is all."""
+    whole = length // SEGMENT
+    spans = [(i * SEGMENT, (i + 1) * SEGMENT) for i in range(whole)]
+    rest = length % SEGMENT and (keep_rest or not whole)
+    return spans + [(whole * SEGMENT, length)] if rest else spans
+
+
+def window_batches(tracks, spans, size=128):
+    """Yields (indices, windows (n <= size, frames, 224) uint8): windows of many tracks together, of one length each.
+
+    tracks: iterable of (frames, 224) uint8; spans: per track what cut_windows gave. Nothing is padded: the short rest of
+    a track waits for others as short as itself. indices counts windows in the order of tracks.
+    """
+    waiting, number = {}, 0
+    for frames, cuts in zip(tracks, spans):
+        for start, stop in cuts:
+            bucket = waiting.setdefault(stop - start, [])
+            bucket.append((number, frames[start:stop]))
+            number += 1
+            if len(bucket) == size:
+                yield [i for i, _ in bucket], torch.from_numpy(np.stack([w for _, w in bucket]))
+                bucket.clear()
+    for bucket in filter(None, waiting.values()):
+        yield [i for i, _ in bucket], torch.from_numpy(np.stack([w for _, w in bucket]))
 
 
 def views_of(windows, device, crop=PITCH_CROP):
-    """(windows, 126, 224) uint8 -> cqt (windows, 126, 84), mel (windows, 126, 128) on the device, at one crop."""
+    """(windows, frames, 224) uint8 -> cqt (windows, frames, 84), mel (windows, frames, 128) on the device, at one crop."""
     windows = windows.to(device)
     return crop_views(windows, torch.full((len(windows),), crop, device=device))
 
@@ -79,128 +507,420 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=pick_amp(device)[0])
 
 
-@torch.inference_mode()
-def extract(model, tracks, device, per_frame=False, progress=None):
-    """Features of every window. tracks: [(frames, 224) uint8].
-
-    Returns ({row: (windows, dim)}, owner), owner (windows,) the index of each window's track. With `per_frame` only
-    {"sequence": (windows, 126, dim)}. A `model` of None gives the raw rows.
-    """
-    owner = np.repeat(np.arange(len(tracks)), [max(1, len(t) // SEGMENT) for t in tracks])
-    rows = {}
-    for windows in window_batches(tqdm(tracks, desc=progress, unit="track", disable=progress is None)):
-        cqt, mel = views_of(windows, device)
-        if model is None:
-            both = torch.cat([cqt, mel], dim=-1)                                     # (windows, 126, 212)
-            features = {"raw": both if per_frame else torch.cat([both.mean(dim=1), both.std(dim=1)], dim=-1)}
-        else:
-            depth = model.config["depth"]
-            with autocast(device):
-                tokens, layers = model(cqt, mel, layers=(depth,))
-            sequence = layers[depth].float()                                         # (windows, 126, dim)
-            tokens = {name: token.float() for name, token in tokens.items()}         # (windows, dim) each
-            every = torch.stack(list(tokens.values()))                               # (tokens, windows, dim)
-            features = {"sequence": sequence} if per_frame else dict(tokens)
-            if not per_frame:
-                if len(tokens) > 1:
-                    features |= {"average": every.mean(dim=0), "concat": torch.cat(list(tokens.values()), dim=-1)}
-                features["sequence mean"] = sequence.mean(dim=1)
-                features["all tokens mean"] = torch.cat([every.transpose(0, 1), sequence], dim=1).mean(dim=1)
-        for name, value in features.items():
-            rows.setdefault(name, []).append(value.cpu())
-    return {name: torch.cat(values) for name, values in rows.items()}, owner
-
-
-def track_means(rows, owner):
-    """{row: (windows, dim)} -> {row: (tracks, dim)}, the mean over each track's windows."""
-    owner = torch.from_numpy(owner)
-    count = torch.bincount(owner)[:, None]
-    return {name: torch.zeros(len(count), x.shape[1]).index_add_(0, owner, x) / count for name, x in rows.items()}
-
-
 def untrained(model, device):
     """The same network with fresh random weights: what the architecture alone is worth."""
     torch.manual_seed(0)
     return MT2(**model.config).to(device).eval()
 
 
-def all_rows(model, tracks, device, **options):
-    """Rows of the trained network, of the untrained one, and raw: ({row: (windows, ...)}, owner)."""
-    trained, owner = extract(model, tracks, device, **options, progress="features")
-    random = extract(untrained(model, device), tracks, device, **options, progress="untrained")[0]
-    raw = extract(None, tracks, device, **options)[0]
-    return trained | {f"untrained {name}": value for name, value in random.items()} | raw, owner
+@torch.inference_mode()
+def extract(model, tracks, device, layers=None, per_frame=False, progress=None):
+    """What the network says of every window. tracks: [(frames, 224) uint8]; layers: default the last one.
 
-
-# ---------------------------------------------------------------- the linear probe
-
-
-def linear_probe(x, y, splits, classes):
-    """One linear layer per seed, all seeds at once. Returns test accuracy (seeds,).
-
-    x (items, dim) float, y (items,) int64; splits: per seed (train, valid, test) index arrays, of equal sizes over
-    seeds for train. Scaler: mean and deviation of each seed's own training items. Weights of the best validation accuracy.
+    Returns {array: float16 tensor}, windows in the order of tracks:
+        a network       "tokens" (windows, layers, tokens, dim) and "sequence" (windows, layers, dim), the mean over frames
+        None            "raw" (windows, 424): mean and deviation over time of the spectrograms
+        per_frame       "sequence" (frames, layers, dim), or "raw" (frames, 212); all frames, the rests of tracks too
     """
-    train = torch.stack([torch.as_tensor(t) for t, _, _ in splits])                  # (seeds, n)
-    picked = x[train]                                                                # (seeds, n, dim)
-    mean, deviation = picked.mean(dim=1, keepdim=True), picked.std(dim=1, keepdim=True) + 1e-6
-    generator = torch.Generator().manual_seed(0)
-    weight = (1e-3 * torch.randn(len(splits), x.shape[1], classes, generator=generator)).requires_grad_()
-    bias = torch.zeros(len(splits), 1, classes, requires_grad=True)
-    optimizer = torch.optim.Adam([weight, bias], lr=PROBE_LR)
-    inputs, labels = (picked - mean) / deviation, y[train]
-    del picked
-    valid = [((x[v] - mean[s]) / deviation[s], y[v]) for s, (_, v, _) in enumerate(splits)]
-    best_score = torch.full((len(splits),), -torch.inf)
-    best_weight, best_bias = weight.detach().clone(), bias.detach().clone()
-    for step in range(PROBE_STEPS + 1):
-        if step % 10 == 0:
-            with torch.no_grad():
-                right = [(v @ weight[s] + bias[s]).argmax(dim=-1) == target for s, (v, target) in enumerate(valid)]
-                score = torch.stack([r.float().mean() for r in right])               # (seeds,)
-                better = (score > best_score)[:, None, None]
-                best_score = torch.maximum(score, best_score)
-                best_weight, best_bias = torch.where(better, weight, best_weight), torch.where(better, bias, best_bias)
-        batch, target = inputs, labels
-        if inputs.shape[1] > PROBE_BATCH:
-            chosen = torch.randint(inputs.shape[1], (PROBE_BATCH,), generator=generator)
-            batch, target = inputs[:, chosen], labels[:, chosen]
-        logits = torch.baddbmm(bias, batch, weight)                                  # (seeds, n, classes)
-        # A mean per seed, summed over seeds: every seed sees the gradient it would see alone.
-        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten()) * len(splits)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    scores = []
-    for s, (_, _, test) in enumerate(splits):
-        logits = ((x[test] - mean[s]) / deviation[s]) @ best_weight[s] + best_bias[s]
-        scores.append((logits.argmax(dim=-1) == y[test]).float().mean().item())
-    return scores
+    spans = [cut_windows(len(t), per_frame) for t in tracks]
+    sizes = np.array([stop - start for cuts in spans for start, stop in cuts])
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    layers = [model.config["depth"]] if model is not None and layers is None else layers
+    arrays = {}
+    for indices, windows in window_batches(tqdm(tracks, desc=progress, unit="track", disable=progress is None), spans):
+        cqt, mel = views_of(windows, device)
+        if model is None:
+            both = torch.cat([cqt, mel], dim=-1)                                     # (n, frames, 212)
+            found = {"raw": both if per_frame else torch.cat([both.mean(dim=1), both.std(dim=1, unbiased=False)], dim=-1)}
+        else:
+            with autocast(device):
+                inside = model(cqt, mel, layers=layers)[1]
+            every = torch.stack([inside[layer].float() for layer in layers], dim=1)  # (n, layers, tokens + frames, dim)
+            tokens, sequence = every[:, :, :len(model.tokens)], every[:, :, len(model.tokens):]
+            found = {"sequence": sequence.transpose(1, 2)} if per_frame else {"tokens": tokens, "sequence": sequence.mean(dim=2)}
+        rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in indices]) if per_frame else indices
+        for name, value in found.items():
+            value = value.flatten(0, 1) if per_frame else value
+            if name not in arrays:
+                arrays[name] = torch.empty((starts[-1] if per_frame else len(sizes), *value.shape[1:]), dtype=torch.float16)
+            arrays[name][rows] = value.cpu().half()
+    return arrays
 
 
-def labelled_draws(pool, count, valid, test):
-    """Per seed: `count` of the items in `pool` for training, the same validation and test items for all."""
-    return [(np.sort(np.random.default_rng(seed).choice(pool, count, replace=False)), valid, test) for seed in range(SEEDS)]
+def cached(model, store, numbers, device, layers, per_frame, progress):
+    """extract() of the tracks `numbers` of a store, kept in data/features under a hash of all it depends on."""
+    digest = hashlib.sha256(json.dumps([1, store.info["checksum"], [store.paths[i] for i in numbers], layers, per_frame,
+                                        pick_amp(torch.device(device))[0]]).encode())
+    for name, weight in sorted((model.state_dict() if model is not None else {}).items()):
+        digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
+    path = Path("data/features") / f"{digest.hexdigest()[:24]}.pt"
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception:  # missing, or torn by a full disk: make it (again)
+        arrays = extract(model, [store.track(i) for i in numbers], device, layers, per_frame, progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}")
+    torch.save(arrays, beside)
+    os.replace(beside, path)
+    return arrays
 
 
-def group_splits(groups):
-    """Per seed, 60/20/20 % of the *groups* for training, validation and test; seeds rotate, so test groups change.
+def readouts(arrays, names, counts, layers=(None,)):
+    """{row: (windows, dim)} of one network. arrays from extract(); counts (windows,) frames each; names of the class tokens.
 
-    groups: one name per item. With fewer groups than seeds some test groups come twice. Training sets are cut to one
-    size. Raises InputError with fewer than three groups.
+    With several layers a row says which: "concat L4".
     """
-    names = np.random.default_rng(0).permutation(sorted(set(groups)))
-    if len(names) < 3:
-        raise InputError(f"{len(names)} group(s) cannot be split in train, valid and test; give at least three files or groups")
-    part, splits = max(1, round(0.2 * len(names))), []
-    for seed in range(SEEDS):
-        order = np.roll(names, -seed * max(1, len(names) // SEEDS))
-        where = {name: 0 if i < part else 1 if i < 2 * part else 2 for i, name in enumerate(order)}
-        side = np.array([where[g] for g in groups])
-        splits.append([np.flatnonzero(side == k) for k in (2, 1, 0)])
-    smallest = min(len(train) for train, _, _ in splits)
-    cut = lambda train, seed: np.sort(np.random.default_rng(seed).permutation(train)[:smallest])
-    return [(cut(train, seed), valid, test) for seed, (train, valid, test) in enumerate(splits)]
+    if "raw" in arrays:
+        return {"raw": arrays["raw"]}
+    if "tokens" not in arrays:
+        rows = [{"sequence": arrays["sequence"][:, i]} for i in range(len(layers))]
+    else:
+        rows = []
+        for i in range(len(layers)):
+            tokens, sequence = arrays["tokens"][:, i].float(), arrays["sequence"][:, i].float()  # (windows, tokens, dim), (windows, dim)
+            row = {name: tokens[:, t] for t, name in enumerate(names)}
+            if len(names) > 1:
+                row |= {"average": tokens.mean(dim=1), "concat": tokens.flatten(1)}
+            frames = torch.as_tensor(counts)[:, None]
+            row |= {"sequence mean": sequence, "all tokens mean": (tokens.sum(dim=1) + frames * sequence) / (len(names) + frames)}
+            rows.append({name: value.half() for name, value in row.items()})
+    label = lambda name, layer: name if len(layers) == 1 else f"{name} L{layer}"
+    return {label(name, layer): value for layer, row in zip(layers, rows) for name, value in row.items()}
+
+
+def all_rows(model, store, numbers, device, layers=None, per_frame=False):
+    """Rows of the trained network, of the untrained one, and raw: ({row: (items, dim)}, owner (items,) the track of each).
+
+    Items are windows, or frames with `per_frame`.
+    """
+    lengths = store.lengths[numbers]
+    spans = [cut_windows(n, per_frame) for n in lengths]
+    counts = np.array([stop - start for cuts in spans for start, stop in cuts])
+    layers = [model.config["depth"]] if layers is None else layers
+    rows = {}
+    for prefix, network in (("", model), ("untrained ", untrained(model, device)), ("", None)):
+        arrays = cached(network, store, numbers, device, layers if network is not None else None, per_frame, f"{prefix}features")
+        rows |= {prefix + name: value for name, value in readouts(arrays, model.tokens, counts, layers).items()}
+    return rows, np.repeat(np.arange(len(numbers)), lengths if per_frame else [len(cuts) for cuts in spans])
+
+
+# ---------------------------------------------------------------- the probe: all that is trained
+
+# Provenance: rate, batch and 50 x 128 steps: CoJEPA. Standardised, no dropout, no L2: our choice.
+LINEAR = dict(hidden=0, batch=128, lr=1e-3, dropout=0.0, l2=0.0, standardize=True)
+STEPS, EVERY, PATIENCE = 50 * 128, 32, 20
+FRAME_BATCH = 2048  # frames a step in local tasks, about 16 windows (our choice)
+GRID = [dict(standardize=s, hidden=h, batch=b, lr=r, dropout=d, l2=w) for s, h, b, r, d, w in
+        product((False, True), (0, 512), (64, 256), (1e-5, 1e-4, 1e-3), (0.25, 0.5, 0.75), (0.0, 1e-4, 1e-3))]
+GRID_FIT = dict(steps=1024, every=8, patience=32, halve=(64, 128, 256, 512))
+
+
+class Head:
+    """A trained probe. head(x, owner, tracks) -> (tracks, outputs): the mean of the outputs of each track's items."""
+
+    def __init__(self, mean, scale, weights, offset, gain, score):
+        self.mean, self.scale, self.weights, self.offset, self.gain, self.score = mean, scale, weights, offset, gain, score
+
+    def __call__(self, x, owner, tracks):
+        return self.outputs(*track_items(x, owner, tracks, self.mean, self.scale, linear=len(self.weights) == 2))
+
+    @torch.no_grad()
+    def outputs(self, inputs, place, count):
+        """inputs (items, dim) standardised, place (items,) which of `count` tracks they belong to -> (count, outputs)."""
+        with autocast("cpu") if len(self.weights) == 4 else torch.no_grad():
+            values = forward([w[None] for w in self.weights], inputs[None])[0].float()  # (items, outputs)
+        return track_mean(values, place, count) * self.gain + self.offset
+
+
+def track_mean(values, place, count):
+    """(items, n) -> (count, n), the mean over the items of each track."""
+    if len(place) == count and torch.equal(place, torch.arange(count)):
+        return values
+    total = torch.zeros(count, values.shape[1]).index_add_(0, place, values)
+    return total / torch.bincount(place, minlength=count)[:, None]
+
+
+def track_items(x, owner, tracks, mean, scale, linear):
+    """The standardised items of `tracks`, in their order: (inputs, place, count).
+
+    A linear layer commutes with the mean, so for one the items of a track are averaged first, which saves time.
+    """
+    where = np.full(owner.max() + 1, -1)
+    where[tracks] = np.arange(len(tracks))
+    mine = np.flatnonzero(where[owner] >= 0)
+    place, inputs = torch.from_numpy(where[owner[mine]]), (x[mine].float() - mean) / scale
+    if linear:
+        inputs, place = track_mean(inputs, place, len(tracks)), torch.arange(len(tracks))
+    return inputs, place, len(tracks)
+
+
+def forward(weights, x, hidden_keep=None):
+    """weights of a stack of probes, x (stack, items, dim) -> (stack, items, outputs). Two tensors: linear; four: one hidden layer."""
+    if len(weights) == 4:
+        x = torch.relu(torch.baddbmm(weights[1], x, weights[0]))
+        x = x * hidden_keep if hidden_keep is not None else x
+    return torch.baddbmm(weights[-1], x, weights[-2])
+
+
+def item_loss(kind, outputs, target):
+    """Loss per probe of a stack, (stack,): outputs (stack, items, n), target (stack, items) classes or (stack, items, n)."""
+    if kind in ("tags", "beats"):
+        return F.binary_cross_entropy_with_logits(outputs, target, reduction="none").mean(dim=(1, 2))
+    if kind == "regression":
+        return F.mse_loss(outputs, target, reduction="none").mean(dim=(1, 2))
+    return F.cross_entropy(outputs.flatten(0, 1), target.flatten(), reduction="none").view(target.shape).mean(dim=1)
+
+
+def fit(x, owner, y, kind, runs, score, steps=STEPS, every=EVERY, patience=PATIENCE, halve=()):
+    """Train many probes as one batched problem. Returns a Head per run, none of which has seen a test track.
+
+    x (items, dim), owner (items,) the track of each; y per track: (tracks,) int64 classes, -1 = no label, or (tracks, n)
+    float; runs: dictionaries of LINEAR's keys, `seed`, and the track numbers `train` and `valid`; score(outputs, tracks) of
+    the validation tracks, higher is better. Runs of equal `hidden` and `batch` are stacked and trained by one bmm.
+    Random numbers depend on a run's seed alone, so whoever shares the stack changes nothing: the same weights, items and
+    dropout noise for all configurations of a seed, which also makes their comparison fairer.
+    """
+    heads, stacks = [None] * len(runs), {}
+    for i, run in enumerate(runs):
+        stacks.setdefault((run["hidden"], run["batch"]), []).append(i)
+    for members in stacks.values():
+        for i, head in zip(members, fit_stack(x, owner, y, kind, [runs[i] for i in members], score, steps, every, patience, halve)):
+            heads[i] = head
+    return heads
+
+
+def fit_stack(x, owner, y, kind, runs, score, steps, every, patience, halve):
+    """fit() of runs of one `hidden` and one `batch`."""
+    hidden, batch, dim = runs[0]["hidden"], runs[0]["batch"], x.shape[1]
+    outputs = y.shape[1] if y.ndim == 2 else int(y.max()) + 1
+    column = lambda name: torch.tensor([float(run[name]) for run in runs])[:, None, None]         # (runs, 1, 1)
+    lr, l2, dropout = column("lr"), column("l2"), column("dropout")
+    # What a run learns from: its items, their mean and deviation, its targets' scale.
+    known, prepared = {}, []
+    for run in runs:
+        tracks = np.asarray(run["train"])
+        if tracks.tobytes() not in known:
+            labelled = tracks if y.ndim == 2 else tracks[(y[tracks] >= 0).numpy()]
+            mine = np.flatnonzero(np.isin(owner, labelled))
+            picked = x[mine].float()
+            known[tracks.tobytes()] = (len(known), mine, picked.mean(dim=0), picked.std(dim=0) + 1e-6)
+        prepared.append(known[tracks.tobytes()])
+    which = torch.tensor([p[0] for p in prepared])
+    sets = [torch.from_numpy(mine) for _, mine, _, _ in known.values()]
+    sizes = torch.tensor([len(s) for s in sets])
+    items = torch.nn.utils.rnn.pad_sequence(sets, batch_first=True)                               # (sets, most items)
+    flat = [(torch.zeros(dim), torch.ones(dim)) if not run["standardize"] else p[2:] for run, p in zip(runs, prepared)]
+    mean, scale = torch.stack([m for m, _ in flat]), torch.stack([s for _, s in flat])           # (runs, dim)
+    offset, gain = torch.zeros(len(runs), outputs), torch.ones(len(runs), outputs)
+    if kind == "regression":  # targets in units of the training tracks' deviation
+        offset = torch.stack([y[run["train"]].mean(dim=0) for run in runs])
+        gain = torch.stack([y[run["train"]].std(dim=0) + 1e-6 for run in runs])
+    valid = {}
+    for r, (run, p) in enumerate(zip(runs, prepared)):
+        key = (p[0], np.asarray(run["valid"]).tobytes(), run["standardize"])
+        if key not in valid:
+            valid[key] = track_items(x, owner, run["valid"], mean[r], scale[r], linear=not hidden)
+        prepared[r] = valid[key]
+    # Equal seeds draw equal numbers; dropout has a generator of its own, so that who uses none disturbs nobody.
+    seeds = sorted({run["seed"] for run in runs})
+    of_seed = torch.tensor([seeds.index(run["seed"]) for run in runs])
+    generators, noise = ([torch.Generator().manual_seed(seed + shift) for seed in seeds] for shift in (0, 1 << 20))
+    draw = lambda source, *shape: torch.stack([torch.rand(shape, generator=g) for g in source])  # (seeds, *shape)
+    layers = [(dim, hidden), (hidden, outputs)] if hidden else [(dim, outputs)]
+    weights = []
+    for fan_in, fan_out in layers:  # nn.Linear's range
+        weights += [((2 * draw(generators, fan_in, fan_out) - 1) / fan_in ** 0.5)[of_seed].requires_grad_(), torch.zeros(len(runs), 1, fan_out, requires_grad=True)]
+    moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
+    best = [w.detach().clone() for w in weights]
+    best_score, last_gain = [-np.inf] * len(runs), [0] * len(runs)
+    active = torch.arange(len(runs))  # numbers of the runs that still train
+    for step in range(steps + 1):
+        if step % every == 0:
+            for k, r in enumerate(active.tolist()):
+                current = [w[k].detach() for w in weights]
+                value = score(Head(mean[r], scale[r], current, offset[r], gain[r], None).outputs(*prepared[r]), runs[r]["valid"])
+                if value > best_score[r]:
+                    best_score[r], last_gain[r] = value, step
+                    for kept, w in zip(best, current):
+                        kept[r] = w
+            staying = [k for k, r in enumerate(active.tolist()) if step - last_gain[r] < patience * every]
+            if step in halve:
+                staying = sorted(staying, key=lambda k: -best_score[active[k]])[:(len(staying) + 1) // 2]
+            if not staying or step == steps:
+                break
+            if len(staying) < len(active):
+                staying = torch.tensor(sorted(staying))
+                active = active[staying]
+                weights = [w.detach()[staying].requires_grad_() for w in weights]
+                moments = [(m[staying], v[staying]) for m, v in moments]
+        now, seeded = which[active], of_seed[active]
+        same = len(now.unique()) == len(seeded.unique()) == 1                                     # one batch serves the whole stack
+        if same:
+            now, seeded = now[:1], seeded[:1]
+        chosen = items[now[:, None], (draw(generators, batch)[seeded] * sizes[now][:, None]).long()]          # (runs or 1, batch)
+        inputs = (x[chosen].float() - mean[active][:, None]) / scale[active][:, None]             # (runs, batch, dim)
+        target = y[torch.from_numpy(owner)[chosen]]
+        target = target.expand(len(active), *target.shape[1:])
+        if kind == "regression":
+            target = (target - offset[active][:, None]) / gain[active][:, None]
+        hidden_keep = None
+        if dropout.any():
+            rate = dropout[active]
+            inputs = inputs * (draw(noise, batch, dim)[seeded] >= rate) / (1 - rate)
+            hidden_keep = (draw(noise, batch, hidden)[seeded] >= rate) / (1 - rate) if hidden else None
+        with autocast("cpu") if hidden else torch.enable_grad():
+            out = forward(weights, inputs, hidden_keep)
+        # Summed over runs: every run sees the gradient it would see alone.
+        gradients = torch.autograd.grad(item_loss(kind, out.float(), target).sum(), weights)
+        with torch.no_grad():  # Adam with a rate and an L2 of each run's own
+            for w, gradient, (m, v) in zip(weights, gradients, moments):
+                gradient = gradient + l2[active] * w
+                m.lerp_(gradient, 0.1)
+                v.lerp_(gradient * gradient, 0.001)
+                w -= lr[active] * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+    return [Head(mean[r], scale[r], [w[r] for w in best], offset[r], gain[r], best_score[r]) for r in range(len(runs))]
+
+
+def choose(x, owner, y, kind, train, valid, score):
+    """The grid's winner by validation score: a dictionary like LINEAR. Sees no test track."""
+    runs = [dict(configuration, seed=0, train=train, valid=valid) for configuration in GRID]
+    heads = fit(x, owner, y, kind, runs, score, **GRID_FIT)
+    return GRID[max(range(len(GRID)), key=lambda i: (heads[i].score, -i))]
+# ---------------------------------------------------------------- metrics
+
+# All take what was predicted and what is true, one row a track, so that a bootstrap can draw tracks.
+
+
+def accuracy(outputs, truth):
+    """Share of tracks whose largest output is the true class."""
+    return float((outputs.argmax(axis=1) == truth).mean())
+
+
+def class_mean_accuracy(outputs, truth):
+    """Accuracy of each class, then the plain mean over the classes that occur."""
+    right = outputs.argmax(axis=1) == truth
+    return float(np.mean([right[truth == c].mean() for c in np.unique(truth)]))
+
+
+def key_scores(both_ways):
+    """(24 true, 24 estimated) weights of MIREX: 1 same, 0.5 a fifth apart, 0.3 relative, 0.2 parallel.
+
+    mir_eval, and with it most published tables, counts only an estimate a fifth *above*; MIREX since 2017 either way.
+    """
+    weights = np.zeros((24, 24))
+    for true, estimated in product(range(24), repeat=2):
+        up = (estimated - true) % 12
+        if true // 12 == estimated // 12:
+            weights[true, estimated] = 1.0 if up == 0 else 0.5 if up == 7 or (both_ways and up == 5) else 0.0
+        else:
+            weights[true, estimated] = 0.2 if up == 0 else 0.3 if up == (9 if true < 12 else 3) else 0.0
+    return weights
+
+
+KEY_UP, KEY_BOTH = key_scores(False), key_scores(True)
+SIGNATURES = np.array([signature_of(key) for key in range(24)])
+
+
+def signature_score(estimate, truth):
+    """KSEA of STONE: 1 for the key signature, 0.5 for a fifth either way. estimate, truth (tracks,) signatures 0..11."""
+    off = (estimate - truth) % 12
+    return float(((off == 0) + 0.5 * ((off == 5) | (off == 7))).mean())
+
+
+def tag_scores(outputs, truth):
+    """ROC-AUC and average precision of every tag, (tags,) each; NaN for a tag with one class only.
+
+    AUC: the chance that a track with the tag scores higher than one without, ties half. AP: sum of (R_n - R_n-1) P_n over
+    the distinct thresholds, not interpolated.
+    """
+    auc, precision = np.full(outputs.shape[1], np.nan), np.full(outputs.shape[1], np.nan)
+    for t in range(outputs.shape[1]):
+        order = np.argsort(-outputs[:, t], kind="stable")
+        score, hit = outputs[order, t], truth[order, t] > 0.5
+        positives = hit.sum()
+        if positives in (0, len(hit)):
+            continue
+        last = np.append(score[1:] != score[:-1], True)                               # ends of runs of equal scores
+        true, false = np.cumsum(hit)[last], np.cumsum(~hit)[last]
+        auc[t] = np.trapezoid(np.append(0, true), np.append(0, false)) / (positives * (len(hit) - positives))
+        precision[t] = (np.diff(true, prepend=0) / positives * (true / (true + false))).sum()
+    return auc, precision
+
+
+def r2(outputs, truth):
+    """1 - SS_res / SS_tot of each axis, SS_tot about the mean of these tracks. (axes,)"""
+    return 1 - ((outputs - truth) ** 2).sum(axis=0) / ((truth - truth.mean(axis=0)) ** 2).sum(axis=0)
+
+
+def tempo_accuracy(estimate, bpm, factors):
+    """Share of tracks whose tempo is within 4 % of the true one times any of `factors`."""
+    allowed = bpm[:, None] * np.array(factors)
+    return float((np.abs(estimate[:, None] - allowed) <= 0.04 * allowed).any(axis=1).mean())
+
+
+def beat_hits(estimated, true, tolerance=0.070):
+    """Largest one-to-one matching of two sorted lists of times, |difference| <= tolerance (seconds, boundary included)."""
+    hits = i = j = 0
+    while i < len(estimated) and j < len(true):
+        gap = estimated[i] - true[j]
+        if abs(gap) <= tolerance + 1e-9:
+            hits, i, j = hits + 1, i + 1, j + 1
+        elif gap < 0:
+            i += 1
+        else:
+            j += 1
+    return hits
+
+
+def f_measure(counts):
+    """counts (tracks, 3): hits, estimated, true -> F = 2 hits / (estimated + true) of each track; 0 when both are empty."""
+    return 2 * counts[:, 0] / np.maximum(counts[:, 1] + counts[:, 2], 1)
+
+
+def pick_beats(activation, threshold):
+    """(frames,) beat probability -> times in seconds of its peaks. The protocol is in the text at the top of this file."""
+    smooth = np.convolve(np.pad(activation, 1, mode="edge"), [0.25, 0.5, 0.25], mode="valid")
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(smooth, 4, constant_values=-1), 9)   # (frames, 9)
+    peak = (smooth >= threshold) & (smooth == around.max(axis=1)) & (smooth > around[:, :4].max(axis=1))
+    return np.flatnonzero(peak) * FRAME_SECONDS
+
+
+def metrics_of(kind, names):
+    """{metric: function(outputs, truth)}; the first one also steers early stopping and the grid. names: classes, axes."""
+    if kind == "key":
+        return {"weighted": lambda o, t: float(KEY_UP[t, o.argmax(axis=1)].mean()),
+                "weighted (both)": lambda o, t: float(KEY_BOTH[t, o.argmax(axis=1)].mean()), "accuracy": accuracy,
+                "KSEA": lambda o, t: signature_score(SIGNATURES[o.argmax(axis=1)], SIGNATURES[t]),
+                "mode": lambda o, t: float((o.argmax(axis=1) // 12 == t // 12).mean())}
+    if kind == "tags":
+        return {"ROC-AUC": lambda o, t: float(np.nanmean(tag_scores(o, t)[0])), "AP": lambda o, t: float(np.nanmean(tag_scores(o, t)[1]))}
+    if kind == "regression":
+        single = {f"R2 {name}": lambda o, t, i=i: float(r2(o, t)[i]) for i, name in enumerate(names)}
+        return single if len(names) == 1 else {"R2 joint": lambda o, t: float(r2(o, t).mean())} | single
+    if kind == "tempo":
+        bpm = np.array(names)
+        return {"ACC1": lambda o, t: tempo_accuracy(bpm[o.argmax(axis=1)], bpm[t], (1,)),
+                "ACC2": lambda o, t: tempo_accuracy(bpm[o.argmax(axis=1)], bpm[t], (1, 2, 3, 1 / 2, 1 / 3))}
+    if kind == "chords":  # counts (tracks, 2): frames right, frames with a label
+        return {"overlap": lambda c, _: float((c[:, 0] / np.maximum(c[:, 1], 1)).mean()), "overlap (pooled)": lambda c, _: float(c[:, 0].sum() / c[:, 1].sum())}
+    if kind == "beats":
+        return {"F": lambda c, _: float(f_measure(c).mean()), "F (pooled)": lambda c, _: float(f_measure(c.sum(axis=0, keepdims=True))[0])}
+    return {"accuracy": accuracy} | ({"class mean": class_mean_accuracy} if kind == "unbalanced" else {})
+
+
+def interval(metric, outputs, truths, draws=1000):
+    """95 % bootstrap interval over tracks: percentiles 2.5 and 97.5 of the metric on tracks drawn with replacement.
+
+    outputs, truths: one array per seed. Seeds that share their test tracks differ little, so the first stands for all;
+    where every seed has test tracks of its own, each draw is the mean over seeds.
+    """
+    if all(np.array_equal(truth, truths[0]) for truth in truths):
+        outputs, truths = outputs[:1], truths[:1]
+    rng, values = np.random.default_rng(0), []
+    for _ in range(draws):
+        drawn = [rng.integers(0, len(o), len(o)) for o in outputs]
+        values.append(np.mean([metric(o[d], t[d]) for o, t, d in zip(outputs, truths, drawn)]))
+    return [float(v) for v in np.nanpercentile(values, [2.5, 97.5])]
 
 
 def retrieval(first, second, size=128):
@@ -211,13 +931,320 @@ def retrieval(first, second, size=128):
     scores = []
     for seed in range(SEEDS):
         chosen = np.random.default_rng(seed).choice(len(first), min(size, len(first)), replace=False)
-        cosine = F.normalize(first[chosen], dim=-1) @ F.normalize(second[chosen], dim=-1).T
+        cosine = F.normalize(first[chosen].float(), dim=-1) @ F.normalize(second[chosen].float(), dim=-1).T
         right = torch.arange(len(chosen))
         scores.append(((cosine.argmax(dim=1) == right).float().mean() + (cosine.argmax(dim=0) == right).float().mean()).item() / 2)
     return scores
 
 
+# ---------------------------------------------------------------- splits
+
+
+def group_splits(groups):
+    """Per seed, 60/20/20 % of the *groups* for training, validation and test; seeds rotate, so test groups change.
+
+    groups: one name per item. With fewer groups than seeds some test groups come twice.
+    Raises InputError with fewer than three groups.
+    """
+    names = np.random.default_rng(0).permutation(sorted(set(groups)))
+    if len(names) < 3:
+        raise InputError(f"{len(names)} group(s) cannot be split in train, valid and test; give at least three files or groups")
+    part, splits = max(1, round(0.2 * len(names))), []
+    for seed in range(SEEDS):
+        order = np.roll(names, -seed * max(1, len(names) // SEEDS))
+        where = {name: 0 if i < part else 1 if i < 2 * part else 2 for i, name in enumerate(order)}
+        side = np.array([where[g] for g in groups])
+        splits.append(tuple(np.flatnonzero(side == k) for k in (2, 1, 0)))
+    return splits
+
+
+def splits_of(tracks):
+    """[(train, valid, test)] track numbers, one per seed: the given split, rotating folds, or groups. Raises InputError.
+
+    Folds: one run each with fold f as test and f + 1 as validation. A given split without a validation part gives up a
+    fifth of its training groups.
+    """
+    parts = [t.split for t in tracks]
+    if all(part is None for part in parts):
+        return group_splits([t.group for t in tracks])
+    if all(isinstance(part, int) for part in parts):
+        folds, fold = sorted(set(parts)), np.array(parts)
+        pairs = [(f, folds[(i + 1) % len(folds)]) for i, f in enumerate(folds)]
+        return [(np.flatnonzero((fold != f) & (fold != v)), np.flatnonzero(fold == v), np.flatnonzero(fold == f)) for f, v in pairs]
+    train, valid, test = (np.array([i for i, p in enumerate(parts) if p == name], dtype=int) for name in ("train", "valid", "test"))
+    if len(valid) == 0:
+        held = np.array([hashed(tracks[i].group, 5) == 0 for i in train], dtype=bool)
+        train, valid = train[~held], train[held]
+    if min(map(len, (train, valid, test))) == 0:
+        raise InputError(f"{len(train)} train, {len(valid)} valid and {len(test)} test tracks found; each part needs some")
+    return [(train, valid, test)] * SEEDS
+
+
+def labelled_part(train, y, share, draw):
+    """A share of the training tracks, one of four draws. Classes keep their shares, at least one track each."""
+    rng = np.random.default_rng(draw)
+    if y.ndim == 2:
+        return np.sort(rng.choice(train, max(2, round(share * len(train))), replace=False))
+    classes = y[train].numpy()
+    picked = [rng.choice(train[classes == c], max(1, round(share * (classes == c).sum())), replace=False) for c in np.unique(classes)]
+    return np.sort(np.concatenate(picked))
+# ---------------------------------------------------------------- one task, from labels to rows
+
+
+def encode(tracks, target, kind):
+    """Labels of all tracks -> (y tensor, names of classes, tags or axes)."""
+    labels = [t.labels[target] for t in tracks]
+    if kind == "key":
+        return torch.tensor(labels), ALL_KEYS
+    if kind == "tags":
+        names = sorted({tag for tags in labels for tag in tags})
+        return torch.tensor([[float(name in tags) for name in names] for tags in map(set, labels)]), names
+    if kind == "regression":
+        return torch.tensor(labels), ["arousal", "valence"] if target == "emotion" else [target]
+    names = sorted(set(labels))
+    number = {name: i for i, name in enumerate(names)}
+    return torch.tensor([number[label] for label in labels]), names
+
+
+def constant_outputs(kind, y, train, count):
+    """What a probe that hears nothing says: the most frequent training class, or the mean of the training targets."""
+    if y.ndim == 2:
+        return y[train].mean(dim=0).repeat(count, 1).numpy()
+    most = torch.bincount(y[train]).argmax()
+    return F.one_hot(most, int(y.max()) + 1).repeat(count, 1).numpy()
+
+
+def mean_of(values):
+    return dict(mean=float(np.nanmean(values)), std=float(np.nanstd(values)), scores=[float(v) for v in values])
+
+
+def probe_global(rows, owner, tracks, targets, grid, shares, report):
+    """Probe every row on every target: {row: {column: dict(mean, std, scores, interval)}} and chance {column: value}.
+
+    rows {row: (windows, dim)}, owner (windows,) track numbers. report(text) prints a remark. The first metric of a target
+    has the interval. With several targets the column says which.
+    """
+    splits = splits_of(tracks)
+    results, chance, predictions = {name: {} for name in rows}, {}, {}
+    bar = tqdm(total=len(rows) * len(targets), desc="probes", unit="row")
+    for target, kind in targets.items():
+        y, names = encode(tracks, target, kind)
+        truth = y.numpy()
+        if kind == "tags":
+            single = [name for name, share in zip(names, truth[splits[0][2]].mean(axis=0)) if share in (0, 1)]
+            if single:
+                report(f"tags with one class only in the test set, left out of the means: {', '.join(single)}")
+        if kind not in ("tags", "regression"):
+            report(f"{target}: {len(names)} classes")
+        metrics = metrics_of(kind, names)
+        steer = next(iter(metrics.values()))
+        score = lambda outputs, numbers: steer(outputs.numpy(), truth[numbers])
+        title = lambda metric: metric if len(targets) == 1 else f"{target} {metric}"
+        for metric, function in metrics.items():
+            chance[title(metric)] = float(np.mean([function(constant_outputs(kind, y, train, len(test)), truth[test]) for train, _, test in splits]))
+        for name, x in rows.items():
+            configuration = LINEAR
+            if grid:
+                configuration = choose(x, owner, y, kind, *splits[0][:2], score)
+                report(f"{name}, {target}: " + ", ".join(f"{k} {v}" for k, v in configuration.items()))
+            runs = [dict(configuration, seed=seed, train=train, valid=valid) for seed, (train, valid, _) in enumerate(splits)]
+            heads = fit(x, owner, y, kind, runs, score)
+            outputs = [head(x, owner, test).numpy() for head, (_, _, test) in zip(heads, splits)]
+            predictions[name, target] = outputs[0], truth[splits[0][2]], names
+            for metric, function in metrics.items():
+                cell = mean_of([function(o, truth[test]) for o, (_, _, test) in zip(outputs, splits)])
+                if function is steer:
+                    cell["interval"] = interval(function, outputs, [truth[test] for _, _, test in splits])
+                results[name][title(metric)] = cell
+            for share in shares:
+                draws = [labelled_part(splits[0][0], y, share, draw) for draw in range(4)]
+                heads = fit(x, owner, y, kind, [dict(configuration, seed=s, train=d, valid=splits[0][1]) for s, d in enumerate(draws)], score)
+                scores = [steer(head(x, owner, splits[0][2]).numpy(), truth[splits[0][2]]) for head in heads]
+                results[name][f"{title(next(iter(metrics)))} @{100 * share:g} %"] = mean_of(scores)
+            bar.update()
+    bar.close()
+    return results, chance, predictions
+
+
+def frame_labels(kind, path, count):
+    """What is true of the frames of a track, (count,): chord classes, or 1.0 within a frame of a beat; -1 = not scored.
+
+    A frame on a chord's boundary belongs to the chord that starts there. Beat frames are learnt from one beat period
+    before the first beat to one after the last, as an intro without music has no beats to miss.
+    """
+    times = np.arange(count) * FRAME_SECONDS
+    labels = np.full(count, -1)
+    if kind == "chords":
+        for start, end, chord in read_intervals(path):
+            labels[(times >= start) & (times < end)] = chord
+        return labels
+    beats = read_times(path)
+    beats = beats[beats < count * FRAME_SECONDS]
+    if len(beats) < 2:
+        return labels
+    period = np.median(np.diff(beats))
+    labels[(times >= beats[0] - period) & (times <= beats[-1] + period)] = 0
+    for frame in np.round(beats / FRAME_SECONDS).astype(int):
+        labels[max(0, frame - 1):frame + 2] = 1
+    return labels
+
+
+def probe_local(rows, owner, tracks, kind):
+    """Probe every frame: like probe_global, for chords and beats. rows {row: (frames, dim)}, owner (frames,)."""
+    starts = np.searchsorted(owner, np.arange(len(tracks) + 1))
+    y = torch.from_numpy(np.concatenate([frame_labels(kind, t.labels[kind], starts[i + 1] - starts[i]) for i, t in enumerate(tracks)]))
+    every, metrics = np.arange(len(owner)), metrics_of(kind, None)
+    frames_of = lambda numbers: np.concatenate([np.arange(starts[i], starts[i + 1]) for i in numbers])
+    if kind == "chords":
+        score = lambda outputs, numbers: accuracy(outputs[y[numbers] >= 0].numpy(), y[numbers][y[numbers] >= 0].numpy())
+    else:
+        target = torch.where(y < 0, torch.nan, y.float())[:, None]
+        score = lambda outputs, numbers: -float(F.binary_cross_entropy_with_logits(outputs, target[numbers], reduction="none").nanmean())
+        truth = [read_times(t.labels[kind]) for t in tracks]
+        truth = [beats[beats < (starts[i + 1] - starts[i]) * FRAME_SECONDS] for i, beats in enumerate(truth)]
+    splits = splits_of(tracks)
+    results, configuration = {}, dict(LINEAR, batch=FRAME_BATCH)
+    chance = {}
+    for name, x in tqdm(rows.items(), desc="probes", unit="row"):
+        runs = []
+        for seed, (train, valid, _) in enumerate(splits):
+            train = frames_of(train)
+            runs.append(dict(configuration, seed=seed, train=train[(y[train] >= 0).numpy()], valid=frames_of(valid)))
+        heads = fit(x, every, y if kind == "chords" else target, kind, runs, score)
+        counts = []
+        for head, (_, valid, test) in zip(heads, splits):
+            if kind == "chords":
+                chosen = lambda i: head(x[starts[i]:starts[i + 1]], *within(starts, i)).argmax(dim=1)
+                labels = lambda i: y[starts[i]:starts[i + 1]]
+                counts.append(np.array([[((chosen(i) == labels(i)) & (labels(i) >= 0)).sum(), (labels(i) >= 0).sum()] for i in test]))
+            else:
+                activation = {i: head(x[starts[i]:starts[i + 1]], *within(starts, i))[:, 0].sigmoid().numpy() for i in (*valid, *test)}
+                count = lambda i, threshold: [beat_hits(beats := pick_beats(activation[i], threshold), truth[i]), len(beats), len(truth[i])]
+                threshold = max(np.arange(1, 20) / 20, key=lambda h: metrics["F"](np.array([count(i, h) for i in valid]), None))
+                counts.append(np.array([count(i, threshold) for i in test]))
+        results[name] = {metric: mean_of([function(c, c) for c in counts]) for metric, function in metrics.items()}
+        steer = next(iter(metrics))
+        results[name][steer]["interval"] = interval(metrics[steer], counts, counts)
+    if kind == "chords":
+        most = [torch.bincount(y[r["train"]], minlength=25).argmax() for r in runs]
+        counts = [np.array([[(y[starts[i]:starts[i + 1]] == m).sum(), (y[starts[i]:starts[i + 1]] >= 0).sum()] for i in test])
+                  for m, (_, _, test) in zip(most, splits)]
+        chance = {metric: float(np.mean([function(c, c) for c in counts])) for metric, function in metrics.items()}
+    return results, chance
+
+
+def within(starts, i):
+    """owner and tracks for a Head that answers for each frame of track i."""
+    numbers = np.arange(starts[i + 1] - starts[i])
+    return numbers, numbers
+
+
+# ---------------------------------------------------------------- tables
+
+# Published figures, best known to us, for the eye only: other data, other protocols, not our measurement.
+FOOTNOTES = {
+    "a": "512-unit MLP on the last layer, one seed (What Makes a Good Layer?, Kanatas et al., ISMIR 2026)",
+    "b": "the same, best layer",
+    "c": "the best of a 216-point grid (Myna, its own tables)",
+    "d": "no labels, a million songs (S-KEY, arXiv 2501.12907)",
+    "e": "one linear layer on the last layer's class token, trained by contrast alone (CoJEPA)",
+}
+PUBLISHED = {  # task: [(model, footnote, {column: value})]
+    "gtzan": [("MT2, ntxent token", "a", {"accuracy": 70.3}), ("MT2, cpsd token", "a", {"accuracy": 61.7}), ("MERT-95M", "a", {"accuracy": 65.9}),
+              ("MERT-95M", "b", {"accuracy": 78.6}), ("Myna-Hybrid", "c", {"accuracy": 77.9})],
+    "giantsteps": [("MT2, cpsd token", "a", {"weighted": 68.8}), ("MT2, ntxent token", "a", {"weighted": 65.4}), ("MERT-95M", "a", {"weighted": 61.0}),
+                   ("Myna-Hybrid", "c", {"weighted": 68.0}), ("S-KEY", "d", {"weighted": 72.1})],
+    "gtzan-key": [("S-KEY", "d", {"weighted": 74.4})],
+    "fmak": [("ViT-1D", "e", {"weighted": 53.9})],
+    "mtt": [("MT2, ntxent token", "a", {"ROC-AUC": 87.9, "AP": 32.6}), ("MERT-95M", "a", {"ROC-AUC": 89.0, "AP": 35.2}),
+            ("Myna-Hybrid", "c", {"ROC-AUC": 91.0, "AP": 39.8}), ("ViT-1D", "e", {"ROC-AUC": 88.2, "AP": 39.3})],
+    "emomusic": [("MERT-95M", "a", {"R2 arousal": 64.4, "R2 valence": 35.0}), ("Myna-Hybrid", "c", {"R2 arousal": 70.8, "R2 valence": 55.2})],
+    "nsynth": [("MERT-95M", "a", {"pitch accuracy": 90.8, "instrument accuracy": 67.7})],
+    "tinysol": [("ViT-1D", "e", {"pitch accuracy": 92.5, "instrument accuracy": 94.2})],
+    "giantsteps-tempo": [("ViT-1D", "e", {"ACC1": 85.4, "ACC2": 91.7})],
+    "beats": [("MERT-95M", "a", {"F (pooled)": 86.0})],
+}
+
+
+def print_table(title, results, chance, task=None):
+    """Aligned table in %. results {row: {column: dict(mean, std, interval?)}}; missing cells stay empty."""
+    columns = list(dict.fromkeys(column for row in results.values() for column in row))
+    published = [(f"{model} *{note}", note, values) for model, note, values in PUBLISHED.get(task, [])]
+    width = max(map(len, [*results, "chance", *(name for name, _, _ in published)])) + 2
+    text = {}
+    for name, row in results.items():
+        for column, cell in row.items():
+            text[name, column] = f"{100 * cell['mean']:.1f} ±{100 * cell['std']:4.1f}"
+            if "interval" in cell:
+                text[name, column] += " [{:.1f} {:.1f}]".format(*(100 * v for v in cell["interval"]))
+    wide = {c: max([len(c), 12] + [len(text.get((name, c), "")) for name in results]) + 2 for c in columns}
+    line = lambda name, cells: print(f"{name:{width}}" + "".join(f"{cells.get(c, ''):>{wide[c]}}" for c in columns))
+    print(f"\n{title}")
+    line("", {c: c for c in columns})
+    for name in results:
+        line(name, {c: text[name, c] for c in columns if (name, c) in text})
+    line("chance", {c: f"{100 * chance[c]:.1f}" for c in columns if c in chance})
+    for name, _, values in published:
+        line(name, {c: f"{v:.1f}" for c, v in values.items()})
+    for note in sorted({note for _, note, _ in published}):
+        print(f"  *{note} published, not ours and another protocol: {FOOTNOTES[note]}")
+
+
+def write_json(path, title, results, chance):
+    """The table's numbers: per row and column the mean, the deviation, each seed's score and the interval."""
+    Path(path).write_text(json.dumps(dict(title=title, rows=results, chance=chance), indent=1))
+    print(f"written to {path}")
+
+
+def print_comparison(paths):
+    """Runs side by side: for each column of the tables, one column a run. Raises InputError for other files."""
+    runs = []
+    for path in paths:
+        try:
+            run = json.loads(Path(path).read_text())
+            runs.append((run["rows"], run["chance"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"{path}: is not a table written by probe.py") from None
+    names = [Path(p).parent.name or Path(p).stem for p in paths]
+    names = names if len(set(names)) == len(names) else list(map(str, paths))
+    for column in dict.fromkeys(c for rows, _ in runs for row in rows.values() for c in row):
+        rows = dict.fromkeys(name for table, _ in runs for name, row in table.items() if column in row)
+        merged = {name: {run: {k: v for k, v in table[name][column].items() if k != "interval"} for run, (table, _) in zip(names, runs)
+                         if column in table.get(name, {})} for name in rows}
+        print_table(column, merged, {run: chance[column] for run, (_, chance) in zip(names, runs) if column in chance})
+
+
+def print_confusion(outputs, truth, names, path):
+    """How often a class (line) is taken for another (column), of one seed's test tracks; keys also by relation."""
+    estimate = outputs.argmax(axis=1)
+    counts = np.zeros((len(names), len(names)), int)
+    np.add.at(counts, (truth, estimate), 1)
+    width = max(4, len(str(counts.max())) + 1)
+    label = max(map(len, map(str, names))) + 1
+    print("\n" + " " * label + "".join(f"{str(name)[:width - 1]:>{width}}" for name in names))
+    for name, row in zip(names, counts):
+        print(f"{str(name):{label}}" + "".join(f"{n if n else '.':>{width}}" for n in row))
+    if names is ALL_KEYS:
+        weight, up = KEY_BOTH[truth, estimate], (estimate - truth) % 12
+        relations = {"same": weight == 1, "fifth above": (weight == 0.5) & (up == 7), "fifth below": (weight == 0.5) & (up == 5),
+                     "relative": weight == 0.3, "parallel": weight == 0.2, "other": weight == 0}
+        print(", ".join(f"{name} {100 * hit.mean():.1f} %" for name, hit in relations.items()))
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:  # an extra: the text above says it all
+        return
+    figure, axes = plt.subplots(figsize=(8, 8))
+    axes.imshow(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), cmap="magma")
+    axes.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names, xlabel="estimated", ylabel="true")
+    axes.tick_params(axis="x", rotation=90)
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+    print(f"figure in {path}")
 # ---------------------------------------------------------------- key without labels
+
+# How well each pitch class fits C major and C minor, as listeners rated it (Krumhansl and Kessler 1982).
+KRUMHANSL = {"major": (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
+             "minor": (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)}
 
 
 def pitch_fork():
@@ -233,12 +1260,13 @@ def pitch_fork():
 @torch.inference_mode()
 def pitch_profiles(model, tracks, device, crop=PITCH_CROP, progress=None):
     """Mean CPSD profile of each track's windows, (tracks, 12), at one crop; not calibrated."""
-    owner = np.repeat(np.arange(len(tracks)), [max(1, len(t) // SEGMENT) for t in tracks])
-    profiles = []
-    for windows in window_batches(tqdm(tracks, desc=progress, unit="track", disable=progress is None)):
+    spans = [cut_windows(len(t)) for t in tracks]
+    owner = torch.from_numpy(np.repeat(np.arange(len(tracks)), [len(cuts) for cuts in spans]))
+    profiles = torch.zeros(len(owner), 12)
+    for indices, windows in window_batches(tqdm(tracks, desc=progress, unit="track", disable=progress is None), spans):
         with autocast(device):
-            profiles.append(model.profile(model(*views_of(windows, device, crop))[0]["cpsd"]).cpu())
-    return track_means({"profile": torch.cat(profiles)}, owner)["profile"]
+            profiles[indices] = model.profile(model(*views_of(windows, device, crop))[0]["cpsd"]).cpu()
+    return track_mean(profiles, owner, len(tracks))
 
 
 def calibrate(model, device):
@@ -265,141 +1293,215 @@ def template_signatures(tracks):
         magnitude = np.where(level > 0, 10 ** ((level - 1) * DYNAMIC_RANGE / 20), 0).mean(axis=0)
         chroma = np.bincount(fold, weights=magnitude, minlength=12)
         fits = [np.corrcoef(chroma, np.roll(KRUMHANSL[mode], tonic))[0, 1] for mode in ("major", "minor") for tonic in range(12)]
-        best = int(np.nanargmax(fits)) if np.isfinite(fits).any() else 0
-        answers.append(best if best < 12 else (best + 3) % 12)
+        answers.append(signature_of(int(np.nanargmax(fits))) if np.isfinite(fits).any() else 0)
     return np.array(answers)
 
 
-def parse_key(text):
-    """'F# minor', 'Bb:maj', 'a' ... -> 0..11 major, 12..23 minor (C = 0), or None when it names no single key."""
-    match = re.fullmatch(r"([A-Ga-g])([#b]*)[\s:]*(maj(?:or)?|min(?:or)?|M|m)?", text.strip(), re.IGNORECASE)
-    if not match:
-        return None
-    letter, accidentals, mode = match.groups()
-    tonic = "C D EF G A B".index(letter.upper()) + accidentals.count("#") - accidentals.lower().count("b")
-    minor = mode is not None and (mode == "m" or mode.lower().startswith("min"))
-    return tonic % 12 + 12 * minor
+# ---------------------------------------------------------------- commands
 
 
-def signature_of(key):
-    """Key 0..23 -> tonic of the major key with the same signature: A minor (21) -> C (0)."""
-    return key if key < 12 else (key + 3) % 12
+def tracks_of(args):
+    """Labels of the task that the command names: (tracks, targets {target: kind}). Raises InputError; nothing is downloaded."""
+    if args.task == "folders":
+        return read_folders(args.data, args.group)
+    if args.task == "csv":
+        return read_csv(args)
+    task = TASKS[args.task]
+    roots = [args.data] if args.data else [Path("datasets") / home for home in task.homes]
+    problem, tracks = f"{' and '.join(map(str, roots))} not found", []
+    if any(Path(root).is_dir() for root in roots):
+        try:
+            tracks = [t for t in task.read(Files(roots)) if None not in t.labels.values()]
+            problem = "no labels found" if not tracks else "none of its audio files found"
+        except InputError as error:
+            problem = str(error)
+        except (KeyError, ValueError) as error:
+            problem = f"a label file is not as published: {type(error).__name__} {error}"
+    if not any(t.path for t in tracks) and not (args.features and tracks):
+        raise InputError(f"{args.task}: {task.what}; {problem}\n  obtain: {task.obtain}\n  put:    {task.place} "
+                         f"below {roots[0] if len(roots) == 1 else ' and '.join(map(str, roots))}, or name the folder with --data")
+    return tracks, task.targets
 
 
-# ---------------------------------------------------------------- tables
+def open_tracks(args, tracks):
+    """Prepare the audio of `tracks`. Returns (store, its track numbers, the tracks that are there, a line of counts)."""
+    there = [t for t in tracks if t.path]
+    where = hashlib.sha256("|".join(sorted({str(Path(t.path).resolve().parent) for t in there})).encode()).hexdigest()[:8]
+    store = prepare_files(sorted({t.name: Path(t.path) for t in there}.items()), Path("data") / f"{args.task}-{where}")
+    number = {name: i for i, name in enumerate(store.paths)}
+    kept = [t for t in there if t.name in number]
+    return store, np.array([number[t.name] for t in kept]), kept, counts_line(args, tracks, {t.name for t in kept})
 
 
-def print_table(title, columns, rows, chance):
-    """Aligned table of percentages. rows {name: {column: [scores of seeds]}}; missing cells stay empty."""
-    width = max(len(name) for name in [*rows, "chance"]) + 2
-    cells = lambda row: [f"{100 * np.mean(row[c]):.1f} ±{100 * np.std(row[c]):4.1f}" if c in row else "" for c in columns]
-    print(f"\n{title}\n{'':{width}}" + "".join(f"{c:>16}" for c in columns))
-    for name, row in rows.items():
-        print(f"{name:{width}}" + "".join(f"{cell:>16}" for cell in cells(row)))
-    print(f"{'chance':{width}}" + "".join(f"{100 * chance[c]:.1f}".rjust(11).ljust(16) if c in chance else " " * 16 for c in columns))
+def counts_line(args, tracks, kept):
+    """'926 of 930 files (train 442 of 443, ...), missing: ...': against the official counts where there are any."""
+    task = TASKS.get(args.task)
+    expected = task.expected if task else None
+    total = sum(expected) if isinstance(expected, tuple) else expected or len(tracks)
+    parts = Counter(t.split for t in tracks if t.name in kept)
+    each = [f"{name} {parts[name]} of {n}" for name, n in zip(("train", "valid", "test"), expected)] if isinstance(expected, tuple) else \
+        [f"{name} {n}" for name, n in sorted(parts.items(), key=str) if isinstance(name, str)]
+    lost = [t.name for t in tracks if t.name not in kept]
+    line = f"{len(kept)} of {total} files" + (f" ({', '.join(each)})" if each else "")
+    if task and lost:
+        known = [name for name in lost if name in task.broken]
+        line += f"; known to be broken: {', '.join(known)}" if known else ""
+        lost = [name for name in lost if name not in known]
+    if lost:
+        line += f"; missing or unreadable: {', '.join(lost[:8])}" + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
+    if expected:
+        whole = len(kept) >= total - len(task.broken)
+        line += "; complete: the benchmark's set" if whole else "; INCOMPLETE: not comparable with the benchmark"
+    return line
 
 
-def write_json(path, results, chance):
-    """The table's numbers: per row and column the mean, the deviation and each seed's score."""
-    table = {name: {c: dict(mean=float(np.mean(v)), std=float(np.std(v)), scores=[float(s) for s in v]) for c, v in row.items()}
-             for name, row in results.items()}
-    Path(path).write_text(json.dumps(dict(rows=table, chance=chance), indent=1))
-    print(f"written to {path}")
+def open_features(path, tracks):
+    """Somebody's embeddings: an npz with `features` (items, dim) and `track` (items,) names. -> (rows, owner, tracks found).
+
+    Several items of a track are its windows. A track is named as in the task ("blues.00000", the `file` of a CSV), or by
+    the stem of that name.
+    """
+    try:
+        with np.load(path) as file:
+            features, names = torch.from_numpy(np.ascontiguousarray(file["features"], np.float32)), [str(n) for n in file["track"]]
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"{path}: is not an npz with the arrays features (items, dim) and track (items,)") from None
+    if features.ndim != 2 or len(features) != len(names) or not features.isfinite().all():
+        raise InputError(f"{path}: features {tuple(features.shape)} must be (items, dim), finite, one row for each of {len(names)} tracks")
+    stem = lambda name: Path(name).stem if Path(name).suffix.lower() in AUDIO_SUFFIXES else Path(name).name
+    number = {key: i for i, t in enumerate(tracks) for key in (stem(t.name), t.name)}
+    owner = np.array([number.get(name, number.get(stem(name), -1)) for name in names])
+    found = np.unique(owner[owner >= 0])
+    if len(found) == 0:
+        raise InputError(f"{path}: none of its tracks ({names[0]}, ...) is one of the task ({tracks[0].name}, ...)")
+    keep = np.flatnonzero(owner >= 0)
+    return {"features": features[keep]}, np.searchsorted(found, owner[keep]), [tracks[i] for i in found]
 
 
-# ---------------------------------------------------------------- tasks
+def run_task(args):
+    """One task from files to table."""
+    tracks, targets = tracks_of(args)
+    local = next((kind for kind in targets.values() if kind in LOCAL), None)
+    if local and (args.features or args.grid or args.shares or args.layers):
+        raise InputError(f"{args.task} is a local task: --features, --grid, --labels and --layers do not apply to it")
+    start = time.perf_counter()
+    if args.features:
+        rows, owner, kept = open_features(args.features, tracks)
+        counts, source, speed = counts_line(args, tracks, {t.name for t in kept}), args.features, None
+    else:
+        checkpoint = args.checkpoint or newest_checkpoint()
+        model = load_checkpoint(checkpoint, args.device)
+        depth = model.config["depth"]
+        layers = None if args.layers is None else list(range(depth + 1)) if args.layers == "all" else [int(n) for n in args.layers.split(",")]
+        if layers and not set(layers) <= set(range(depth + 1)):
+            raise InputError(f"--layers {args.layers}: this network has layers 0 to {depth}")
+        store, numbers, kept, counts = open_tracks(args, tracks)
+        rows, owner = all_rows(model, store, numbers, args.device, layers, bool(local))
+        seconds, hours = time.perf_counter() - start, store.lengths[numbers].sum() * FRAME_SECONDS / 3600
+        source, speed = checkpoint, f"{len(kept)} tracks, {hours:.2f} h of audio to features in {seconds:.0f} s: " \
+                                    f"{len(kept) / seconds:.1f} tracks/s, {hours / seconds * 60:.2f} h a minute (what is cached costs nothing)"
+        if args.save_features:
+            arrays = {name.replace(" ", "_"): value.float().numpy() for name, value in rows.items()}
+            main_row = arrays.get("concat", next(iter(arrays.values())))
+            np.savez(args.save_features, features=main_row, track=np.array([kept[i].name for i in owner]), **arrays)
+            print(f"features in {args.save_features}: {', '.join(arrays)}; `features` is {'concat' if 'concat' in arrays else next(iter(arrays))}")
+    if args.rows:
+        unknown = set(args.rows.split(",")) - set(rows)
+        if unknown:
+            raise InputError(f"--rows: no row {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
+        rows = {name: rows[name] for name in args.rows.split(",")}
+    remarks = []
+    if local:
+        results, chance = probe_local(rows, owner, kept, local)
+    else:
+        results, chance, predictions = probe_global(rows, owner, kept, targets, args.grid, args.shares, remarks.append)
+    splits = splits_of(kept)
+    title = (f"{args.task}: {source}\n{counts}\nprotocol {'grid' if args.grid else 'linear'}, {len(splits)} {'folds' if isinstance(kept[0].split, int) else 'seeds'}; "
+             f"split of the first: {', '.join(f'{len(part)} {name}' for part, name in zip(splits[0], ('train', 'valid', 'test')))}; "
+             f"{len({t.group for t in kept})} groups; in %, mean ± deviation [95 % interval over tracks]")
+    print_table(title, results, chance, args.task)
+    for remark in remarks + ([speed] if speed else []):
+        print(remark)
+    name = re.sub(r"[^\w-]+", "-", args.task if args.task in TASKS else f"{args.task}-{Path(args.data).resolve().stem}-{args.label if args.task == 'csv' else ''}").strip("-")
+    write_json(Path(source).with_name(f"probe-{name}{'-grid' if args.grid else ''}.json"), title, results, chance)
+    if args.confusion:
+        for target, kind in targets.items():
+            if (args.confusion, target) not in predictions or kind in ("tags", "regression", "tempo"):
+                raise InputError(f"--confusion {args.confusion}: give a row of this table, of a task with classes or keys")
+            print_confusion(*predictions[args.confusion, target], Path(source).with_name(f"confusion-{name}-{target}.png"))
+
+
+def print_list():
+    """Which tasks there are, where each looks, and what is there."""
+    for name, task in TASKS.items():
+        roots = [Path("datasets") / home for home in task.homes]
+        there = " ".join(f"{root}/ {'found' if root.is_dir() else 'not there'}" for root in roots)
+        print(f"{name:17} {task.what}\n{'':17} looks in {there}; needs {task.place}" + (f"\n{'':17} {task.note}" if task.note else ""))
+    print(f"{'folders':17} your recordings, one sub-folder per class: --data DIR\n{'csv':17} your own table: --data labels.csv --audio DIR --label COLUMN\n"
+          f"{'synth':17} the embedded songs, nothing needed\n{'key':17} key signature of any song, no labels")
 
 
 def synth_table(model, device):
-    """All synthetic tasks: ({row: {column: scores}}, chance)."""
+    """All synthetic tasks: ({row: {column: cell}}, chance)."""
     store = prepare_synth()
-    songs = [compose(i) for i in range(SYNTH_SONGS)]
     pool = np.arange(512)                                                            # labelled tracks come from these
     valid, test = (np.arange(len(r)) + offset for r, offset in ((SYNTH_SPLITS["valid"], 512), (SYNTH_SPLITS["test"], 640)))
-    numbers = [*range(512), *SYNTH_SPLITS["valid"], *SYNTH_SPLITS["test"]]
-    tracks, songs = [store.track(i) for i in numbers], [songs[i] for i in numbers]
-    windows, owner = all_rows(model, tracks, device)
-    means = track_means(windows, owner)
+    numbers = np.array([*range(512), *SYNTH_SPLITS["valid"], *SYNTH_SPLITS["test"]])
+    songs = [compose(int(i)) for i in numbers]
+    rows, owner = all_rows(model, store, numbers, device)
     first = np.searchsorted(owner, test)                                             # each test track's first and last window
     last = np.searchsorted(owner, test, side="right") - 1
     tempo_class = lambda song: min(5, int(6 * np.log(song["tempo"] / 70) / np.log(160 / 70)))
-    labels = {"key": ([s["key"] for s in songs], 24), "instrument": ([s["instrument"] for s in songs], len(TIMBRES)),
-              "tempo": ([tempo_class(s) for s in songs], 6)}
-    results = {name: {} for name in means}
+    labels = {"key": [s["key"] for s in songs], "instrument": [s["instrument"] for s in songs], "tempo": [tempo_class(s) for s in songs]}
+    results, chance = {name: {} for name in rows}, {}
     for task, sizes in (("key", (64, 512)), ("instrument", (64, 512)), ("tempo", (512,))):
-        y, classes = torch.tensor(labels[task][0]), labels[task][1]
+        y = torch.tensor(labels[task])
+        score = lambda outputs, numbers: accuracy(outputs.numpy(), y[numbers].numpy())
         for count in sizes:
-            for name, x in means.items():
-                results[name][f"{task} @{count}"] = linear_probe(x, y, labelled_draws(pool, count, valid, test), classes)
-    for name, x in windows.items():
-        results[name]["retrieval"] = retrieval(x[first], x[last])
+            draws = [np.sort(np.random.default_rng(seed).choice(pool, count, replace=False)) for seed in range(SEEDS)]
+            runs = [dict(LINEAR, seed=seed, train=draw, valid=valid) for seed, draw in enumerate(draws)]
+            for name, x in rows.items():
+                heads = fit(x, owner, y, "class", runs, score)
+                results[name][f"{task} @{count}"] = mean_of([score(head(x, owner, test), test) for head in heads])
+            chance[f"{task} @{count}"] = float(torch.bincount(y[test]).max() / len(test))
+    for name, x in rows.items():
+        results[name]["retrieval"] = mean_of(retrieval(x[first], x[last]))
 
     # Chords: one label per frame, so one prediction per frame, from a part of the songs.
-    part = [*range(96), *valid[:32], *test[:64]]
-    sequences, frame_owner = all_rows(model, [tracks[i] for i in part], device, per_frame=True)
-    times = np.arange(SEGMENT * len(frame_owner) // len(part)) * HOP / SAMPLE_RATE
-    chord_labels = []
-    for i in part:
-        starts, classes = np.array([c[0] for c in songs[i]["chords"]]), np.array([c[2] for c in songs[i]["chords"]])
-        chord_labels.append(classes[np.searchsorted(starts, times, side="right") - 1])
-    y = torch.from_numpy(np.concatenate(chord_labels))
-    frames_of = lambda lo, hi: np.arange(lo * len(times), hi * len(times))
-    splits = [(frames_of(0, 96), frames_of(96, 128), frames_of(128, 192))]
-    for name, x in sequences.items():
+    part = np.array([*range(96), *valid[:32], *test[:64]])
+    frames, frame_owner = all_rows(model, store, numbers[part], device, per_frame=True)
+    starts = np.searchsorted(frame_owner, np.arange(len(part) + 1))
+    y = []
+    for i, song in enumerate(part):
+        begin, chord = np.array([c[0] for c in songs[song]["chords"]]), np.array([c[2] for c in songs[song]["chords"]])
+        y.append(chord[np.searchsorted(begin, np.arange(starts[i + 1] - starts[i]) * FRAME_SECONDS, side="right") - 1])
+    y, every = torch.from_numpy(np.concatenate(y)), np.arange(len(frame_owner))
+    score = lambda outputs, numbers: accuracy(outputs.numpy(), y[numbers].numpy())
+    run = dict(LINEAR, batch=FRAME_BATCH, seed=0, train=every[:starts[96]], valid=every[starts[96]:starts[128]])
+    for name, x in frames.items():
+        head = fit(x, every, y, "chords", [run], score)[0]
         row = {"sequence": "sequence mean", "untrained sequence": "untrained sequence mean"}.get(name, name)
-        results[row]["chord"] = linear_probe(x.flatten(0, 1), y, splits, 25)
+        results[row]["chord"] = mean_of([score(head(x, every, every[starts[128]:]), every[starts[128]:])])
+    chance |= {"chord": float(torch.bincount(y[starts[128]:]).max() / len(y[starts[128]:])), "retrieval": 1 / 128}
 
     # Key signature without labels.
-    truth = np.array([songs[i]["signature"] for i in test])
-    held_out = [tracks[i] for i in test]
+    truth, held_out = np.array([songs[i]["signature"] for i in test]), [store.track(i) for i in numbers[test]]
     if "cpsd" in model.tokens:
         for name, network in (("cpsd", model), ("untrained cpsd", untrained(model, device))):
             estimate = key_signatures(network, held_out, device).argmax(dim=1).numpy()
-            results[name]["key sig. 0-shot"] = [(estimate == truth).mean()]
-    results["raw"]["key sig. 0-shot"] = [(template_signatures(held_out) == truth).mean()]
-    most = lambda task: max(np.bincount(np.array(labels[task][0])[test])) / len(test)
-    chance = {"key sig. 0-shot": 1 / 12, "key @64": most("key"), "key @512": most("key"), "instrument @64": most("instrument"),
-              "instrument @512": most("instrument"), "tempo @512": most("tempo"), "retrieval": 1 / 128,
-              "chord": float(torch.bincount(y[splits[0][2]]).max() / len(splits[0][2]))}
+            results[name]["key sig. 0-shot"] = mean_of([(estimate == truth).mean()])
+    results["raw"]["key sig. 0-shot"] = mean_of([(template_signatures(held_out) == truth).mean()])
+    chance["key sig. 0-shot"] = 1 / 12
     return results, chance
-
-
-SYNTH_COLUMNS = ["key sig. 0-shot", "key @64", "key @512", "instrument @64", "instrument @512", "tempo @512", "chord", "retrieval"]
 
 
 def print_synth(checkpoint, device):
     """The table of the embedded songs for one checkpoint, printed and written beside it."""
     results, chance = synth_table(load_checkpoint(checkpoint, device), device)
-    print_table(f"{checkpoint} on {len(SYNTH_SPLITS['test'])} held-out synthetic songs: accuracy in %, {SEEDS} probe seeds\n"
-                "(@n: n labelled songs; 0-shot: no labels, raw = Krumhansl template; retrieval: the same song among 128)",
-                SYNTH_COLUMNS, results, chance)
-    write_json(Path(checkpoint).with_name("probe-synth.json"), results, chance)
-
-
-def print_folders(checkpoint, device, data, group):
-    """Class per sub-folder: accuracy of every row. Raises InputError when there are not two classes."""
-    store = prepare_folders([data])
-    labels = [Path(p).parts[1] if len(Path(p).parts) > 2 else None for p in store.paths]
-    keep = [i for i, label in enumerate(labels) if label is not None]
-    names = sorted({labels[i] for i in keep})
-    if len(names) < 2:
-        raise InputError(f"{data}: holds {len(names)} sub-folder(s) with audio; a class is a sub-folder, give at least two")
-    groups = []
-    for i in keep:
-        match = re.search(group, Path(store.paths[i]).name) if group else None
-        if group and not match:
-            raise InputError(f"--group {group!r} does not match {Path(store.paths[i]).name}; the regex must match every file name")
-        groups.append(match.group() if match else store.paths[i])
-    y = torch.tensor([names.index(labels[i]) for i in keep])
-    means = track_means(*all_rows(load_checkpoint(checkpoint, device), [store.track(i) for i in keep], device))
-    splits = group_splits(groups)
-    results = {name: {"accuracy": linear_probe(x, y, splits, len(names))} for name, x in means.items()}
-    chance = {"accuracy": float(np.mean([np.bincount(y[test]).max() / len(test) for _, _, test in splits]))}
-    train, valid, test = splits[0]
-    print_table(f"{checkpoint} on {data}: {len(names)} classes, {len(keep)} tracks, {len(set(groups))} groups, split by group\n"
-                f"(seed 0: {len(train)} train, {len(valid)} valid, {len(test)} test), {SEEDS} seeds, accuracy in %",
-                ["accuracy"], results, chance)
-    write_json(Path(checkpoint).with_name(f"probe-{Path(data).resolve().name}.json"), results, chance)
+    title = (f"{checkpoint} on {len(SYNTH_SPLITS['test'])} held-out synthetic songs: accuracy in %, {SEEDS} probe seeds\n"
+             "(@n: n labelled songs; 0-shot: no labels, raw = Krumhansl template; retrieval: the same song among 128)")
+    print_table(title, results, chance)
+    write_json(Path(checkpoint).with_name("probe-synth.json"), title, results, chance)
 
 
 def print_key(checkpoint, device, songs, labels):
@@ -433,22 +1535,17 @@ def print_key(checkpoint, device, songs, labels):
     if not found:
         raise InputError(f"{labels}: no row names a file below {' '.join(songs)}; give paths relative to that folder")
     tracks, truth = [store.track(i) for i in found], np.array([signature_of(k) for k in found.values()])
+    right = lambda estimate, truth: float((estimate == truth).mean())
     results = {}
-    for name, network in (("cpsd", model), ("untrained cpsd", untrained(model, device))):
-        results[name] = key_signatures(network, tracks, device, name).argmax(dim=1).numpy()
-    results["Krumhansl template"] = template_signatures(tracks)
-    print(f"\nkey signature without labels, {len(truth)} tracks, accuracy in % [95 % bootstrap interval]; KSEA adds half for a fifth")
-    draws = np.random.default_rng(0).integers(0, len(truth), (1000, len(truth)))
-    summary = {}
-    for name, estimate in results.items():
-        right, fifth = estimate == truth, np.isin((estimate - truth) % 12, (5, 7))
-        low, high = np.percentile(right[draws].mean(axis=1), [2.5, 97.5])
-        summary[name] = dict(accuracy=right.mean(), interval=[low, high], ksea=(right + fifth / 2).mean())
-        print(f"{name:20}{100 * right.mean():6.1f}  [{100 * low:.1f}, {100 * high:.1f}]   KSEA {100 * summary[name]['ksea']:.1f}")
-    print(f"{'chance':20}{100 / 12:6.1f}")
-    path = Path(checkpoint).with_name(f"probe-key-{Path(songs[0]).resolve().name}.json")
-    path.write_text(json.dumps(summary, indent=1))
-    print(f"written to {path}")
+    for name, estimate in (("cpsd", lambda: key_signatures(model, tracks, device, "keys").argmax(dim=1).numpy()),
+                           ("untrained cpsd", lambda: key_signatures(untrained(model, device), tracks, device, "untrained").argmax(dim=1).numpy()),
+                           ("Krumhansl template", lambda: template_signatures(tracks))):
+        estimate = estimate()
+        results[name] = {"accuracy": mean_of([right(estimate, truth)]) | {"interval": interval(right, [estimate], [truth])},
+                         "KSEA": mean_of([signature_score(estimate, truth)])}
+    title = f"key signature without labels, {len(truth)} tracks, in % [95 % bootstrap interval]; KSEA adds half for a fifth"
+    print_table(title, results, {"accuracy": 1 / 12, "KSEA": 1 / 6})
+    write_json(Path(checkpoint).with_name(f"probe-key-{Path(songs[0]).resolve().name}.json"), title, results, {"accuracy": 1 / 12, "KSEA": 1 / 6})
 
 
 def newest_checkpoint():
@@ -460,27 +1557,57 @@ def newest_checkpoint():
     return found[-1]
 
 
+def shares_of(text):
+    """'0.01,0.5' -> [0.01, 0.5]: shares of the labels, each above 0 and at most 1."""
+    shares = [float(part) for part in text.split(",")]
+    if not all(0 < share <= 1 for share in shares):
+        raise ValueError
+    return shares
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--checkpoint", help="checkpoint.pt of a run (default: the newest below out/)")
-    common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the network runs")
-    tasks = parser.add_subparsers(dest="task", required=True)
-    tasks.add_parser("synth", parents=[common], help="the embedded synthetic songs")
-    folders = tasks.add_parser("folders", parents=[common], help="a folder with one sub-folder per class")
+    network = argparse.ArgumentParser(add_help=False)
+    network.add_argument("--checkpoint", help="checkpoint.pt of a run (default: the newest below out/)")
+    network.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the network runs")
+    protocol = argparse.ArgumentParser(add_help=False, parents=[network])
+    protocol.add_argument("--grid", action="store_true", help="choose among 216 configurations on the validation set")
+    protocol.add_argument("--labels", dest="shares", type=shares_of, default=[], metavar="SHARES", help="also with these shares of the labels: 0.01,0.1,0.25,0.5")
+    protocol.add_argument("--layers", help="all, or numbers: 0,6,12 (default: the last layer)")
+    protocol.add_argument("--rows", help="only these rows of the table: cpsd,concat,raw")
+    protocol.add_argument("--features", metavar="NPZ", help="probe these embeddings: arrays features (items, dim), track (items,)")
+    protocol.add_argument("--save-features", metavar="NPZ", help="write the features of every row")
+    protocol.add_argument("--confusion", metavar="ROW", help="print the confusion matrix of a row (and a figure, with matplotlib)")
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    tasks.add_parser("list", help="what there is")
+    tasks.add_parser("synth", parents=[network], help="the embedded synthetic songs")
+    for name, task in TASKS.items():
+        tasks.add_parser(name, parents=[protocol], help=task.what.replace("%", "%%")).add_argument("--data", help=f"folder of the data (default datasets/{task.homes[0]})")
+    folders = tasks.add_parser("folders", parents=[protocol], help="a folder with one sub-folder per class")
     folders.add_argument("--data", required=True, help="the folder")
     folders.add_argument("--group", help="regex; files whose match is equal stay on one side of the split")
-    key = tasks.add_parser("key", parents=[common], help="key signature without labels")
+    table = tasks.add_parser("csv", parents=[protocol], help="your own table of labels")
+    table.add_argument("--data", required=True, help="CSV with a column `file`")
+    table.add_argument("--audio", help="folder below which the files lie (default: the CSV's own)")
+    table.add_argument("--label", required=True, help="column of the labels")
+    table.add_argument("--kind", choices=("class", "tags", "regression", "key"), help="what the labels are (default: guessed)")
+    table.add_argument("--split", help="column that says train, valid or test (default: random, 60/20/20, five times)")
+    table.add_argument("--group", help="column; rows of one group stay on one side of a random split")
+    key = tasks.add_parser("key", parents=[network], help="key signature without labels")
     key.add_argument("songs", nargs="+", help="audio files or folders")
-    key.add_argument("--labels", help="CSV with columns file (path below the folder) and key ('F# minor')")
+    key.add_argument("--keys", help="CSV with columns file (path below the folder) and key ('F# minor')")
+    tasks.add_parser("compare", help="tables side by side").add_argument("tables", nargs="+", help="JSON files that probe.py wrote")
     args = parser.parse_args()
-    checkpoint = args.checkpoint or newest_checkpoint()
-    if args.task == "synth":
-        print_synth(checkpoint, args.device)
-    elif args.task == "folders":
-        print_folders(checkpoint, args.device, args.data, args.group)
+    if args.task == "list":
+        print_list()
+    elif args.task == "compare":
+        print_comparison(args.tables)
+    elif args.task == "synth":
+        print_synth(args.checkpoint or newest_checkpoint(), args.device)
+    elif args.task == "key":
+        print_key(args.checkpoint or newest_checkpoint(), args.device, args.songs, args.keys)
     else:
-        print_key(checkpoint, args.device, args.songs, args.labels)
+        run_task(args)
 
 
 if __name__ == "__main__":
