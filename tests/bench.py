@@ -1,4 +1,4 @@
-"""Speed, as ratios within one run: python tests/bench.py (about a minute on two cores; not part of the test suite)."""
+"""Speed, as ratios within one run: python tests/bench.py (about three minutes on two cores; not part of the test suite)."""
 import platform
 import sys
 import tempfile
@@ -11,6 +11,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
+import probe  # noqa: E402
+from model import MT2  # noqa: E402
+from train import PRESETS  # noqa: E402
 
 
 def seconds(function, repeats=3):
@@ -64,6 +67,7 @@ def main():
         with sf.SoundFile(path, "w", 44100, 2) as file:  # in blocks: libvorbis dislikes minutes at once
             for block in np.array_split(np.stack([wave, 0.8 * wave], axis=1).clip(-1, 1), 60):
                 file.write(block)
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)
         front_end, mono = data.FrontEnd(), torch.from_numpy(wave)
         decode = seconds(lambda: sf.read(path, dtype="float32"))
@@ -72,6 +76,29 @@ def main():
         whole = seconds(lambda: data.audio_to_frames(data.read_audio(path), front_end))
     for name, value in (("decode", decode), ("resample", resample), ("transform", transform), ("all", whole)):
         print(f"  {name:12}{180 / value:8.0f} x real time")
+    torch.set_num_threads(threads)
+
+    print(f"\nprobe features of prepared frames, {threads} threads")
+    frames = [np.random.default_rng(0).integers(0, 255, (60 * 31, data.COLUMNS), dtype=np.uint8) for _ in range(10)]
+    for preset in ("small", "mt2"):
+        network = MT2(**{k: PRESETS[preset][k] for k in ("dim", "depth", "heads")}).eval()
+        print(f"  {preset:12}{sum(map(len, frames)) * probe.FRAME_SECONDS / seconds(lambda: probe.extract(network, frames, 'cpu')):8.0f} x real time")
+
+    print("\n216-point grid, 443 + 197 tracks, 960 dimensions, 10 classes")
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(640) % 10
+    x = torch.randn(10, 960, generator=generator)[y] + 4 * torch.randn(640, 960, generator=generator)
+    train, valid, owner = np.arange(443), np.arange(443, 640), np.arange(640)
+    score = lambda outputs, tracks: probe.accuracy(outputs.numpy(), y[tracks].numpy())
+    start = time.perf_counter()
+    probe.choose(x, owner, y, "class", train, valid, score)
+    print(f"  whole grid  {time.perf_counter() - start:8.1f} s")
+    for name, some in (("linear", [c for c in probe.GRID if not c["hidden"] and c["batch"] == 64][::3]),
+                       ("512 units", [c for c in probe.GRID if c["hidden"] and c["batch"] == 64][::3])):
+        runs = [dict(c, seed=0, train=train, valid=valid) for c in some]
+        fit = lambda chosen: probe.fit(x, owner, y, "class", chosen, score, steps=64, every=8, patience=99)
+        together, alone = seconds(lambda: fit(runs), 1), seconds(lambda: [fit([run]) for run in runs], 1)
+        print(f"  {name:12}{len(runs)} configurations, 64 steps: together {together:.2f} s, one by one {alone:.2f} s: {alone / together:.1f} x")
 
 
 if __name__ == "__main__":
