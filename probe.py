@@ -181,7 +181,7 @@ class Files:
 
     def matching(self, pattern):
         """Paths whose text below a root matches the regex, sorted."""
-        return [p for p in self.paths if re.search(pattern, p.as_posix())]
+        return [p for p in self.paths if re.search(pattern, "/" + p.as_posix())]
 
     def rows(self, *names, delimiter=","):
         """Rows of the first table found under one of these file names. Raises InputError with the names tried."""
@@ -238,7 +238,7 @@ def read_gtzan_key(files):
 
 def giantsteps_test(files):
     """annotations/key/10089.LOFI.key: "D major". 604 tracks."""
-    found = [p for p in files.matching(r"/annotations/key/[^/]*\.LOFI\.key$") if "mtg" not in p.as_posix().lower()]
+    found = [p for p in files.matching(r"/annotations/key/[^/]*\.LOFI\.key$") if "mtg" not in p.parents[2].name.lower()]
     if not found and files.matching(r"/keys_gs\+/"):
         raise InputError("this is GiantSteps+ (600 tracks, revised labels), not the benchmark's giantsteps-key-dataset (604)")
     for path in found:
@@ -346,7 +346,8 @@ def read_chords(files):
 
     Split by album folder where there are at least five, else by song; the performances of one Schubert song stay together.
     """
-    found = [p for p in files.matching(r"\.lab$|/ann_audio_chord/[^/]*\.csv$|/chords/.*\.csv$") if "keylab" not in p.as_posix()]
+    found = [p for p in files.matching(r"\.lab$|/ann_audio_chord/[^/]*\.csv$|_preprocessed/chords/.*\.csv$")
+             if not {"keylab", "seglab"} & set(p.parts)]
     folders = {p.parent for p in found}
     for path in found:
         rwc, lied = re.fullmatch(r"N\d+-M(\d+)-T(\d+)", path.stem), re.search(r"D911-\d+", path.stem)
@@ -452,6 +453,8 @@ def read_csv(args):
     for row in rows:
         try:
             label = parse(row[args.label]) if row[args.label] else None
+            if kind == "regression" and label and not np.isfinite(label[0]):
+                raise ValueError
         except ValueError:
             raise InputError(f"{args.data}: {row[args.label]!r} in {args.label} is not a number; use --kind class") from None
         part = parts.get(row[args.split].lower(), row[args.split].lower()) if args.split else None
@@ -464,6 +467,8 @@ def read_csv(args):
     print(f"{args.label}: {kind}; {len(tracks)} of {len(rows)} rows have a label")
     if not tracks:
         raise InputError(f"{args.data}: no row has a usable {args.label}")
+    if not any(t.path for t in tracks.values()) and not args.features:
+        raise InputError(f"{args.data}: none of its files is there, such as {audio / next(iter(tracks))}; name their folder with --audio")
     return list(tracks.values()), {args.label: kind}
 # ---------------------------------------------------------------- features: frozen, cached
 
@@ -609,7 +614,7 @@ def all_rows(model, store, numbers, device, layers=None, per_frame=False):
 # Provenance: rate, batch and 50 x 128 steps: CoJEPA. Standardised, no dropout, no L2: our choice.
 LINEAR = dict(hidden=0, batch=128, lr=1e-3, dropout=0.0, l2=0.0, standardize=True)
 STEPS, EVERY, PATIENCE = 50 * 128, 32, 20
-FRAME_BATCH = 2048  # frames a step in local tasks, about 16 windows (our choice)
+FRAMES = dict(batch=2048, every=128, patience=5)  # local tasks: frames a step, and how often validation is read (our choice)
 GRID = [dict(standardize=s, hidden=h, batch=b, lr=r, dropout=d, l2=w) for s, h, b, r, d, w in
         product((False, True), (0, 512), (64, 256), (1e-5, 1e-4, 1e-3), (0.25, 0.5, 0.75), (0.0, 1e-4, 1e-3))]
 GRID_FIT = dict(steps=1024, every=8, patience=32, halve=(64, 128, 256, 512))
@@ -893,7 +898,8 @@ def metrics_of(kind, names):
                 "KSEA": lambda o, t: signature_score(SIGNATURES[o.argmax(axis=1)], SIGNATURES[t]),
                 "mode": lambda o, t: float((o.argmax(axis=1) // 12 == t // 12).mean())}
     if kind == "tags":
-        return {"ROC-AUC": lambda o, t: float(np.nanmean(tag_scores(o, t)[0])), "AP": lambda o, t: float(np.nanmean(tag_scores(o, t)[1]))}
+        mean = lambda values: float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else float("nan")
+        return {"ROC-AUC": lambda o, t: mean(tag_scores(o, t)[0]), "AP": lambda o, t: mean(tag_scores(o, t)[1])}
     if kind == "regression":
         single = {f"R2 {name}": lambda o, t, i=i: float(r2(o, t)[i]) for i, name in enumerate(names)}
         return single if len(names) == 1 else {"R2 joint": lambda o, t: float(r2(o, t).mean())} | single
@@ -902,25 +908,28 @@ def metrics_of(kind, names):
         return {"ACC1": lambda o, t: tempo_accuracy(bpm[o.argmax(axis=1)], bpm[t], (1,)),
                 "ACC2": lambda o, t: tempo_accuracy(bpm[o.argmax(axis=1)], bpm[t], (1, 2, 3, 1 / 2, 1 / 3))}
     if kind == "chords":  # counts (tracks, 2): frames right, frames with a label
-        return {"overlap": lambda c, _: float((c[:, 0] / np.maximum(c[:, 1], 1)).mean()), "overlap (pooled)": lambda c, _: float(c[:, 0].sum() / c[:, 1].sum())}
+        return {"overlap": lambda c, _: float((c[c[:, 1] > 0, 0] / c[c[:, 1] > 0, 1]).mean()), "overlap (pooled)": lambda c, _: float(c[:, 0].sum() / c[:, 1].sum())}
     if kind == "beats":
         return {"F": lambda c, _: float(f_measure(c).mean()), "F (pooled)": lambda c, _: float(f_measure(c.sum(axis=0, keepdims=True))[0])}
     return {"accuracy": accuracy} | ({"class mean": class_mean_accuracy} if kind == "unbalanced" else {})
 
 
-def interval(metric, outputs, truths, draws=1000):
+def interval(metric, outputs, truths, shared=False, draws=1000):
     """95 % bootstrap interval over tracks: percentiles 2.5 and 97.5 of the metric on tracks drawn with replacement.
 
     outputs, truths: one array per seed. Seeds that share their test tracks differ little, so the first stands for all;
-    where every seed has test tracks of its own, each draw is the mean over seeds.
+    where every seed has test tracks of its own, each draw is the mean over seeds. Draws without a score (R2 of tracks
+    that are all alike, a tag nobody has) are left out.
     """
-    if all(np.array_equal(truth, truths[0]) for truth in truths):
+    if shared:
         outputs, truths = outputs[:1], truths[:1]
     rng, values = np.random.default_rng(0), []
-    for _ in range(draws):
-        drawn = [rng.integers(0, len(o), len(o)) for o in outputs]
-        values.append(np.mean([metric(o[d], t[d]) for o, t, d in zip(outputs, truths, drawn)]))
-    return [float(v) for v in np.nanpercentile(values, [2.5, 97.5])]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for _ in range(draws):
+            drawn = [rng.integers(0, len(o), len(o)) for o in outputs]
+            values.append(np.mean([metric(o[d], t[d]) for o, t, d in zip(outputs, truths, drawn)]))
+    values = np.array(values)[np.isfinite(values)]
+    return [float(v) for v in np.percentile(values, [2.5, 97.5])] if len(values) else [float("nan")] * 2
 
 
 def retrieval(first, second, size=128):
@@ -969,6 +978,8 @@ def splits_of(tracks):
         return group_splits([t.group for t in tracks])
     if all(isinstance(part, int) for part in parts):
         folds, fold = sorted(set(parts)), np.array(parts)
+        if len(folds) < 3:
+            raise InputError(f"{len(folds)} fold(s) found; one to test on, one to validate on and some to train on are needed")
         pairs = [(f, folds[(i + 1) % len(folds)]) for i, f in enumerate(folds)]
         return [(np.flatnonzero((fold != f) & (fold != v)), np.flatnonzero(fold == v), np.flatnonzero(fold == f)) for f, v in pairs]
     train, valid, test = (np.array([i for i, p in enumerate(parts) if p == name], dtype=int) for name in ("train", "valid", "test"))
@@ -978,6 +989,11 @@ def splits_of(tracks):
     if min(map(len, (train, valid, test))) == 0:
         raise InputError(f"{len(train)} train, {len(valid)} valid and {len(test)} test tracks found; each part needs some")
     return [(train, valid, test)] * SEEDS
+
+
+def share_test(splits):
+    """Whether all seeds are tested on the same tracks."""
+    return all(np.array_equal(test, splits[0][2]) for _, _, test in splits)
 
 
 def labelled_part(train, y, share, draw):
@@ -1054,7 +1070,7 @@ def probe_global(rows, owner, tracks, targets, grid, shares, report):
             for metric, function in metrics.items():
                 cell = mean_of([function(o, truth[test]) for o, (_, _, test) in zip(outputs, splits)])
                 if function is steer:
-                    cell["interval"] = interval(function, outputs, [truth[test] for _, _, test in splits])
+                    cell["interval"] = interval(function, outputs, [truth[test] for _, _, test in splits], share_test(splits))
                 results[name][title(metric)] = cell
             for share in shares:
                 draws = [labelled_part(splits[0][0], y, share, draw) for draw in range(4)]
@@ -1103,14 +1119,14 @@ def probe_local(rows, owner, tracks, kind):
         truth = [read_times(t.labels[kind]) for t in tracks]
         truth = [beats[beats < (starts[i + 1] - starts[i]) * FRAME_SECONDS] for i, beats in enumerate(truth)]
     splits = splits_of(tracks)
-    results, configuration = {}, dict(LINEAR, batch=FRAME_BATCH)
+    results, configuration, reading = {}, dict(LINEAR, batch=FRAMES["batch"]), {k: FRAMES[k] for k in ("every", "patience")}
     chance = {}
     for name, x in tqdm(rows.items(), desc="probes", unit="row"):
         runs = []
         for seed, (train, valid, _) in enumerate(splits):
             train = frames_of(train)
             runs.append(dict(configuration, seed=seed, train=train[(y[train] >= 0).numpy()], valid=frames_of(valid)))
-        heads = fit(x, every, y if kind == "chords" else target, kind, runs, score)
+        heads = fit(x, every, y if kind == "chords" else target, kind, runs, score, **reading)
         counts = []
         for head, (_, valid, test) in zip(heads, splits):
             if kind == "chords":
@@ -1124,7 +1140,7 @@ def probe_local(rows, owner, tracks, kind):
                 counts.append(np.array([count(i, threshold) for i in test]))
         results[name] = {metric: mean_of([function(c, c) for c in counts]) for metric, function in metrics.items()}
         steer = next(iter(metrics))
-        results[name][steer]["interval"] = interval(metrics[steer], counts, counts)
+        results[name][steer]["interval"] = interval(metrics[steer], counts, counts, share_test(splits))
     if kind == "chords":
         most = [torch.bincount(y[r["train"]], minlength=25).argmax() for r in runs]
         counts = [np.array([[(y[starts[i]:starts[i + 1]] == m).sum(), (y[starts[i]:starts[i + 1]] >= 0).sum()] for i in test])
@@ -1308,15 +1324,15 @@ def tracks_of(args):
         return read_csv(args)
     task = TASKS[args.task]
     roots = [args.data] if args.data else [Path("datasets") / home for home in task.homes]
-    problem, tracks = f"{' and '.join(map(str, roots))} not found", []
-    if any(Path(root).is_dir() for root in roots):
-        try:
-            tracks = [t for t in task.read(Files(roots)) if None not in t.labels.values()]
-            problem = "no labels found" if not tracks else "none of its audio files found"
-        except InputError as error:
-            problem = str(error)
-        except (KeyError, ValueError) as error:
-            problem = f"a label file is not as published: {type(error).__name__} {error}"
+    try:
+        tracks = [t for t in task.read(Files(roots)) if None not in t.labels.values()]
+        problem = "none of its audio files found" if tracks else "no labels found"
+    except InputError as error:
+        tracks, problem = [], str(error)
+    except (KeyError, ValueError) as error:
+        tracks, problem = [], f"a label file is not as published: {type(error).__name__} {error}"
+    if not any(Path(root).is_dir() for root in roots):
+        problem = f"{' and '.join(map(str, roots))} not found"
     if not any(t.path for t in tracks) and not (args.features and tracks):
         raise InputError(f"{args.task}: {task.what}; {problem}\n  obtain: {task.obtain}\n  put:    {task.place} "
                          f"below {roots[0] if len(roots) == 1 else ' and '.join(map(str, roots))}, or name the folder with --data")
@@ -1350,7 +1366,7 @@ def counts_line(args, tracks, kept):
     if lost:
         line += f"; missing or unreadable: {', '.join(lost[:8])}" + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
     if expected:
-        whole = len(kept) >= total - len(task.broken)
+        whole = not lost and len(tracks) == total
         line += "; complete: the benchmark's set" if whole else "; INCOMPLETE: not comparable with the benchmark"
     return line
 
@@ -1382,8 +1398,8 @@ def run_task(args):
     """One task from files to table."""
     tracks, targets = tracks_of(args)
     local = next((kind for kind in targets.values() if kind in LOCAL), None)
-    if local and (args.features or args.grid or args.shares or args.layers):
-        raise InputError(f"{args.task} is a local task: --features, --grid, --labels and --layers do not apply to it")
+    if local and (args.features or args.grid or args.shares or args.layers or args.confusion):
+        raise InputError(f"{args.task} is a local task: --features, --grid, --labels, --layers and --confusion do not apply to it")
     start = time.perf_counter()
     if args.features:
         rows, owner, kept = open_features(args.features, tracks)
@@ -1392,9 +1408,10 @@ def run_task(args):
         checkpoint = args.checkpoint or newest_checkpoint()
         model = load_checkpoint(checkpoint, args.device)
         depth = model.config["depth"]
-        layers = None if args.layers is None else list(range(depth + 1)) if args.layers == "all" else [int(n) for n in args.layers.split(",")]
-        if layers and not set(layers) <= set(range(depth + 1)):
-            raise InputError(f"--layers {args.layers}: this network has layers 0 to {depth}")
+        possible = {str(n): n for n in range(depth + 1)}
+        layers = list(possible.values()) if args.layers == "all" else [possible.get(n) for n in args.layers.split(",")] if args.layers else None
+        if layers and None in layers:
+            raise InputError(f"--layers {args.layers}: this network has layers 0 to {depth}; give numbers with commas, or all")
         store, numbers, kept, counts = open_tracks(args, tracks)
         rows, owner = all_rows(model, store, numbers, args.device, layers, bool(local))
         seconds, hours = time.perf_counter() - start, store.lengths[numbers].sum() * FRAME_SECONDS / 3600
@@ -1403,7 +1420,8 @@ def run_task(args):
         if args.save_features:
             arrays = {name.replace(" ", "_"): value.float().numpy() for name, value in rows.items()}
             main_row = arrays.get("concat", next(iter(arrays.values())))
-            np.savez(args.save_features, features=main_row, track=np.array([kept[i].name for i in owner]), **arrays)
+            with open(args.save_features, "wb") as file:
+                np.savez(file, features=main_row, track=np.array([kept[i].name for i in owner]), **arrays)
             print(f"features in {args.save_features}: {', '.join(arrays)}; `features` is {'concat' if 'concat' in arrays else next(iter(arrays))}")
     if args.rows:
         unknown = set(args.rows.split(",")) - set(rows)
@@ -1477,9 +1495,9 @@ def synth_table(model, device):
         y.append(chord[np.searchsorted(begin, np.arange(starts[i + 1] - starts[i]) * FRAME_SECONDS, side="right") - 1])
     y, every = torch.from_numpy(np.concatenate(y)), np.arange(len(frame_owner))
     score = lambda outputs, numbers: accuracy(outputs.numpy(), y[numbers].numpy())
-    run = dict(LINEAR, batch=FRAME_BATCH, seed=0, train=every[:starts[96]], valid=every[starts[96]:starts[128]])
+    run = dict(LINEAR, batch=FRAMES["batch"], seed=0, train=every[:starts[96]], valid=every[starts[96]:starts[128]])
     for name, x in frames.items():
-        head = fit(x, every, y, "chords", [run], score)[0]
+        head = fit(x, every, y, "chords", [run], score, every=FRAMES["every"], patience=FRAMES["patience"])[0]
         row = {"sequence": "sequence mean", "untrained sequence": "untrained sequence mean"}.get(name, name)
         results[row]["chord"] = mean_of([score(head(x, every, every[starts[128]:]), every[starts[128]:])])
     chance |= {"chord": float(torch.bincount(y[starts[128]:]).max() / len(y[starts[128]:])), "retrieval": 1 / 128}

@@ -139,12 +139,13 @@ def test_order_of_frames_is_known_through_positions_alone():
 
 
 def test_kept_frames_keep_their_own_position():
-    """Each item of the batch may keep other frames; every one is that frame's token of the full segment."""
+    """Each item of the batch may keep other frames; every one, after the two class tokens, is that frame's token of the full segment."""
     model, (cqt, mel) = make(), views()
     positions = torch.tensor([[0, 3, 19], [1, 2, 3], [7, 8, 18]])
     pick = lambda x: x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
     full, kept = model(cqt, mel, layers=[0])[1][0], model(pick(cqt), pick(mel), positions, layers=[0])[1][0]
-    assert_same(kept, pick(full), 1e-5)
+    assert kept.shape == (3, 2 + 3, 32)
+    assert_same(kept[:, 2:], pick(full[:, 2:]), 1e-5)
 
 
 @pytest.mark.parametrize("kept", [1, 5, 20])
@@ -159,19 +160,21 @@ def test_a_masked_frame_costs_nothing(kept):
 # ---------------------------------------------------------------- layers
 
 
-@pytest.mark.parametrize("tokens", [("cpsd",), ("cpsd", "ntxent")])
-def test_sequence_layers_hold_the_frames_and_no_class_token(tokens):
-    model, (cqt, mel), outputs = make(tokens, depth=3), views(frames=11), []
+@pytest.mark.parametrize("tokens", [("cpsd",), ("ntxent", "cpsd")])
+def test_layers_hold_the_class_tokens_then_the_frames(tokens):
+    model, (cqt, mel), outputs, count = make(tokens, depth=3), views(frames=11), [], len(tokens)
     for block in model.blocks:
         block.register_forward_hook(lambda block, args, output: outputs.append(output))
     classes, layers = model(cqt, mel, layers=range(4))
-    assert sorted(layers) == [0, 1, 2, 3] and all(layers[i].shape == (3, 11, 32) for i in layers)
-    assert_same(layers[0], model.tokenisers["cqt"](cqt) + model.tokenisers["mel"](mel) + model.positions[:11])
-    assert_same(layers[1], outputs[0][:, len(tokens):])
-    assert_same(layers[2], outputs[1][:, len(tokens):])
-    assert_same(layers[3], model.norm(outputs[2])[:, len(tokens):])
+    assert sorted(layers) == [0, 1, 2, 3] and all(layers[i].shape == (3, count + 11, 32) for i in layers)
+    branch = {"cpsd": model.tokenisers["cqt"](cqt), "ntxent": model.tokenisers["mel"](mel)}
+    assert_same(layers[0][:, count:], branch["cpsd"] + branch["ntxent"] + model.positions[:11])
+    assert_same(layers[1], outputs[0])
+    assert_same(layers[2], outputs[1])
+    assert_same(layers[3], model.norm(outputs[2]))
     for i, name in enumerate(tokens):
-        assert_same(classes[name], model.norm(outputs[2])[:, i])
+        assert_same(layers[0][:, i], branch[name].mean(dim=1) + model.class_tokens[i])
+        assert torch.equal(classes[name], layers[3][:, i])
 
 
 def test_asking_for_layers_changes_nothing_and_gives_only_these():
@@ -182,12 +185,14 @@ def test_asking_for_layers_changes_nothing_and_gives_only_these():
     assert all(torch.equal(plain[name], asked[name]) for name in plain)
 
 
-def test_class_tokens_do_not_reach_layer_0():
+def test_class_tokens_do_not_reach_the_frames_of_layer_0():
     model = make()
     before = model(*views(), layers=[0])[1][0]
     with torch.no_grad():
         model.class_tokens.add_(100)
-    assert torch.equal(before, model(*views(), layers=[0])[1][0])
+    after = model(*views(), layers=[0])[1][0]
+    assert torch.equal(before[:, 2:], after[:, 2:])
+    assert_same(after[:, :2] - before[:, :2], torch.full((3, 2, 32), 100.0), 1e-3)
 
 
 def test_eval_is_deterministic_and_items_do_not_hear_each_other():
