@@ -63,6 +63,7 @@ from model import MT2, load_checkpoint, pick_amp
 SEEDS = 5
 FRAME_SECONDS = HOP / SAMPLE_RATE
 
+
 # ---------------------------------------------------------------- labels: keys, chords
 
 KEY_NAMES = "C Db D Eb E F Gb G Ab A Bb B".split()
@@ -352,7 +353,7 @@ def read_chords(files):
     for path in found:
         rwc, lied = re.fullmatch(r"N\d+-M(\d+)-T(\d+)", path.stem), re.search(r"D911-\d+", path.stem)
         names = [f"rwc-p-m{rwc[1]}/{int(rwc[2])}", f"rwc-p-m{rwc[1]}/{rwc[2]}"] if rwc else [f"{path.parent.name}/{path.stem}", path.stem]
-        group = lied[0] if lied else str(path.parent) if len(folders) >= 5 else path.stem
+        group = lied[0] if lied else path.stem if rwc or len(folders) < 5 else str(path.parent)
         yield Track(f"{path.parent.name}/{path.stem}", files.audio(*names), {"chords": path}, None, group)
 
 
@@ -372,7 +373,7 @@ def read_beats(files):
             continue
         name = f"{gtzan[1]}.{gtzan[2]}" if gtzan else stem
         part = None if not benchmark else "test" if gtzan else "valid" if hashed(stem, 10) == 0 else "train"
-        yield Track(name, gtzan_audio(files, name), {"beats": path}, part, name)
+        yield Track(name, gtzan_audio(files, name) or files.audio(path.stem), {"beats": path}, part, name)
 
 
 TASKS = {
@@ -462,14 +463,17 @@ def read_csv(args):
             raise InputError(f"{args.data}: {row[args.split]!r} in {args.split} is none of train, valid, test")
         path = audio / row["file"]
         if label is not None:
-            tracks[row["file"]] = Track(row["file"], path if path.is_file() else None, {args.label: label}, part,
-                                        row[args.group] if args.group else row["file"])
+            name = os.path.normpath(row["file"])
+            tracks[name] = Track(name, path if path.is_file() else None, {args.label: label}, part,
+                                 row[args.group] if args.group else name)
     print(f"{args.label}: {kind}; {len(tracks)} of {len(rows)} rows have a label")
     if not tracks:
         raise InputError(f"{args.data}: no row has a usable {args.label}")
     if not any(t.path for t in tracks.values()) and not args.features:
         raise InputError(f"{args.data}: none of its files is there, such as {audio / next(iter(tracks))}; name their folder with --audio")
     return list(tracks.values()), {args.label: kind}
+
+
 # ---------------------------------------------------------------- features: frozen, cached
 
 
@@ -791,6 +795,8 @@ def choose(x, owner, y, kind, train, valid, score):
     runs = [dict(configuration, seed=0, train=train, valid=valid) for configuration in GRID]
     heads = fit(x, owner, y, kind, runs, score, **GRID_FIT)
     return GRID[max(range(len(GRID)), key=lambda i: (heads[i].score, -i))]
+
+
 # ---------------------------------------------------------------- metrics
 
 # All take what was predicted and what is true, one row a track, so that a bootstrap can draw tracks.
@@ -1004,6 +1010,8 @@ def labelled_part(train, y, share, draw):
     classes = y[train].numpy()
     picked = [rng.choice(train[classes == c], max(1, round(share * (classes == c).sum())), replace=False) for c in np.unique(classes)]
     return np.sort(np.concatenate(picked))
+
+
 # ---------------------------------------------------------------- one task, from labels to rows
 
 
@@ -1256,6 +1264,8 @@ def print_confusion(outputs, truth, names, path):
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
     print(f"figure in {path}")
+
+
 # ---------------------------------------------------------------- key without labels
 
 # How well each pitch class fits C major and C minor, as listeners rated it (Krumhansl and Kessler 1982).
