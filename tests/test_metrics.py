@@ -328,17 +328,30 @@ def test_interval_contains_the_mean_is_deterministic_and_narrows():
 def test_where_seeds_share_the_test_set_the_first_stands_for_all():
     (outputs, truth), (other, _) = hits(40, 30), hits(40, 3)
     alone = probe.interval(probe.accuracy, [outputs], [truth], draws=100)
-    assert alone == probe.interval(probe.accuracy, [outputs, other, other], [truth] * 3, draws=100)
+    assert alone == probe.interval(probe.accuracy, [outputs, other, other], [truth] * 3, shared=True, draws=100)
 
 
 def test_where_every_seed_has_its_own_test_set_all_are_used():
     parts = [hits(40, 40), hits(30, 0), hits(35, 35), hits(32, 0)]
     low, high = probe.interval(probe.accuracy, [o for o, _ in parts], [t for _, t in parts], draws=50)
     assert low == high == 0.5
+    (right, truth), (wrong, _) = hits(20, 20), hits(20, 0)                                          # labels that happen to be equal are no shared tracks
+    assert probe.interval(probe.accuracy, [right, wrong], [truth, truth], draws=50) == [0.5, 0.5]
     parts = [hits(40 + i, 20) for i in range(4)]
     wide = np.diff(probe.interval(probe.accuracy, *([part] for part in parts[0])))[0]
     narrow = np.diff(probe.interval(probe.accuracy, [o for o, _ in parts], [t for _, t in parts]))[0]
     assert narrow == pytest.approx(wide / 2, rel=0.2)                                               # four times the tracks
+
+
+@pytest.mark.filterwarnings("error")
+def test_draws_without_a_score_are_left_out():
+    """R2 of tracks that are all alike, and tags that nobody in the draw has."""
+    truth, metrics = np.array([[1.0], [1], [2]]), probe.metrics_of("regression", ["height"])
+    assert probe.interval(metrics["R2 height"], [truth], [truth], draws=50) == [1, 1]
+    assert np.isnan(probe.interval(metrics["R2 height"], [truth[:2]], [truth[:2]], draws=5)).all()
+    tags, metrics = np.array([[1.0, 0], [0, 0], [0, 0]]), probe.metrics_of("tags", "ab")
+    assert probe.interval(metrics["ROC-AUC"], [tags], [tags], draws=50) == probe.interval(metrics["AP"], [tags], [tags], draws=50) == [1, 1]
+    assert np.isnan(metrics["AP"](tags[1:], tags[1:]))
 
 
 def test_retrieval_closed_cases():

@@ -373,7 +373,8 @@ def test_validation_features_steer_but_do_not_train():
 
 
 STACKS = {
-    "seeds": [dict(seed=s) for s in (0, 7, 2)], "sets": [dict(), dict(train=TRAIN[:11]), dict(train=TEST)], "settings": [dict(l2=0.1), dict(standardize=False), dict(dropout=0.5)],
+    "seeds": [dict(seed=s) for s in (0, 7, 2)], "sets": [dict(), dict(train=TRAIN[:11]), dict(train=TEST)],
+    "settings": [dict(l2=0.1), dict(standardize=False), dict(dropout=0.5)],
     "mixed": [dict(), dict(seed=3), dict(l2=0.1), dict(dropout=0.5, seed=3), dict(dropout=0.75, standardize=False), dict(lr=1e-2, standardize=False, l2=1e-3),
               dict(train=TRAIN[:11], valid=VALID[3:]), dict(train=VALID, valid=TRAIN, dropout=0.25, l2=1e-3, seed=4), dict(batch=5), dict(batch=5, dropout=0.25)]}
 
@@ -384,7 +385,8 @@ def test_runs_trained_together_equal_runs_trained_alone(kind, stack, hidden):
     x, owner, y, _, _ = problem()
     if kind != "class":
         y = F.one_hot(y).float() * (1 if kind == "tags" else torch.arange(60)[:, None])
-    score = log_score(y) if kind == "class" else lambda outputs, numbers: -float(F.mse_loss(outputs, y[numbers]))
+    loss = {"class": F.cross_entropy, "tags": F.binary_cross_entropy_with_logits, "regression": F.mse_loss}[kind]
+    score = lambda outputs, numbers: -float(loss(outputs, y[numbers]))
     runs = [run(**{"lr": 3e-3, "hidden": hidden, **changes}) for changes in STACKS[stack]] + [run(hidden=9 - hidden)]
     together = fit(x, owner, y, kind, runs, score, steps=40, every=8)
     for one, head in zip(runs, together):
@@ -570,8 +572,15 @@ def test_choose_breaks_ties_by_grid_order(small_grid):
 
 
 def quick_fit(monkeypatch, steps=16):
-    """fit() of few steps, whatever its caller wants."""
-    monkeypatch.setattr(probe, "fit", lambda *args, **named: fit(*args, **named | dict(steps=steps, every=8, patience=steps)))
+    """fit() of few steps, whatever its caller wants. Returns the list that its runs will be in."""
+    asked = []
+
+    def quick(x, owner, y, kind, runs, *rest, **named):
+        asked.extend(runs)
+        return fit(x, owner, y, kind, runs, *rest, **named | dict(steps=steps, every=8, patience=steps))
+
+    monkeypatch.setattr(probe, "fit", quick)
+    return asked
 
 
 def test_the_grid_is_chosen_without_the_test_tracks_of_any_seed(monkeypatch):
@@ -587,7 +596,7 @@ def test_the_grid_is_chosen_without_the_test_tracks_of_any_seed(monkeypatch):
 
 
 def test_probe_global_scores_every_row_metric_and_share(monkeypatch):
-    quick_fit(monkeypatch, steps=256)
+    asked = quick_fit(monkeypatch, steps=256)
     x, owner, y, _, _ = problem(tracks=50, spread=0.5)
     part = {0: "test", 1: "valid"}
     tracks = [Track(f"{i}", None, {"genre": "abc"[c]}, part.get(i // 3 % 4, "train"), f"{i}") for i, c in enumerate(y.tolist())]
@@ -598,33 +607,70 @@ def test_probe_global_scores_every_row_metric_and_share(monkeypatch):
     assert len(good["scores"]) == 5 and good["mean"] > 0.9 > bad["mean"] and good["interval"][0] <= good["scores"][0] <= good["interval"][1]
     assert len(results["good"]["accuracy @25 %"]["scores"]) == 4 and "interval" not in results["good"]["class mean"]
     outputs, truth, names = predictions["good", "genre"]
+    known, valid, _ = probe.splits_of(tracks)[0]
+    assert len(asked) == 2 * (5 + 4) and all({*r["train"]} <= {*known} and {*r["valid"]} == {*valid} for r in asked)
     assert names == ["a", "b", "c"] and chance["class mean"] == pytest.approx(1 / 3) and probe.accuracy(outputs, truth) == good["scores"][0]
 
 
-def test_probe_local_counts_hits_and_draws_tracks(tmp_path, monkeypatch):
-    """Beats that the features announce are found; where seeds share the test tracks, the interval is of the first seed."""
-    quick_fit(monkeypatch, steps=96)
-    monkeypatch.setitem(LINEAR, "lr", 0.1)
-    rng, tracks, beats = np.random.default_rng(0), [], []
+@pytest.fixture
+def clips(tmp_path):
+    """Six clips with beats, given split: ({row: frames}, owner, tracks). In one row the features announce the beats."""
+    tracks, beats = [], []
     for i, part in enumerate(["train", "test", "train", "valid", "test", "test"]):
         (tmp_path / f"{i}.beats").write_text("\n".join(f"{(12 + i + 14 * k) * probe.FRAME_SECONDS:.4f}" for k in range(8)))
         tracks.append(Track(f"{i}", None, {"beats": tmp_path / f"{i}.beats"}, part, f"{i}"))
         beats.append(np.isin(np.arange(130 + i), 12 + i + 14 * np.arange(8)[:, None] + [-1, 0, 1]))
     owner, beat = np.repeat(np.arange(6), [len(b) for b in beats]), np.concatenate(beats)
-    noise = rng.normal(size=(len(owner), 5))
-    rows = {name: torch.from_numpy(np.column_stack([level * beat, noise])).float() for name, level in (("announced", 9), ("noise", 0))}
-    intervals, real = [], probe.interval
+    noise = np.random.default_rng(0).normal(size=(len(owner), 5))
+    return {name: torch.from_numpy(np.column_stack([level * beat, noise])).float() for name, level in (("announced", 9), ("noise", 0))}, owner, tracks
 
-    def interval(metric, outputs, truths, *more, **named):
-        intervals.append((metric, outputs, truths))
-        return real(metric, outputs, truths, *more, draws=60, **named)
 
-    monkeypatch.setattr(probe, "interval", interval)
-    results, chance = probe.probe_local(rows, owner, tracks, "beats")
-    assert set(results["noise"]) == {"F", "F (pooled)"} and chance == {}
-    assert results["announced"]["F"]["mean"] > 0.8 > results["noise"]["F"]["mean"] and len(results["noise"]["F"]["scores"]) == 5
-    for (metric, outputs, truths), row in zip(intervals, rows, strict=True):
-        assert results[row]["F"]["interval"] == real(metric, outputs[:1], truths[:1], draws=60)
+@pytest.fixture
+def intervals(monkeypatch):
+    """What interval() was given; it draws 60 times."""
+    given, real = [], probe.interval
+    monkeypatch.setattr(probe, "interval", lambda *args, **named: given.append(args[:3]) or real(*args, **named | dict(draws=60)))
+    return given
+
+
+def test_probe_local_counts_hits_and_draws_tracks(clips, intervals, monkeypatch):
+    """Where seeds share the test tracks, the interval is of the first seed, however much the seeds differ."""
+    quick_fit(monkeypatch, steps=96)
+    monkeypatch.setitem(LINEAR, "lr", 0.1)
+    results, chance = probe.probe_local(*clips, "beats")
+    assert set(results["noise"]) == {"F", "F (pooled)"} and chance == {} and len(results["noise"]["F"]["scores"]) == 5
+    assert results["announced"]["F"]["mean"] > 0.8 > results["noise"]["F"]["mean"]
+    for (metric, outputs, truths), row in zip(list(intervals), results, strict=True):
+        assert results[row]["F"]["interval"] == probe.interval(metric, outputs[:1], truths[:1])
+
+
+def test_beat_threshold_is_chosen_without_the_test_tracks(clips, intervals, monkeypatch):
+    """With other beats in the test tracks as many are estimated there."""
+    quick_fit(monkeypatch)
+    probe.probe_local(*clips, "beats")
+    for track in clips[2]:
+        if track.split == "test":
+            track.labels["beats"].write_text("".join(f"{0.2 * k + 0.1:.2f}\n" for k in range(20)))
+    probe.probe_local(*clips, "beats")
+    for (_, before, _), (_, after, _) in zip(intervals[:2], intervals[2:], strict=True):
+        assert all(np.array_equal(a[:, 1], b[:, 1]) and not np.array_equal(a[:, 2], b[:, 2]) for a, b in zip(before, after))
+
+
+def test_probe_local_of_chords_leaves_out_frames_without_a_label(tmp_path, monkeypatch):
+    """Features tell the chord. Frames of chords that are neither major nor minor are neither learnt nor scored."""
+    quick_fit(monkeypatch, steps=96)
+    monkeypatch.setitem(LINEAR, "lr", 0.1)
+    names, tracks, heard = ["C", "A:min", "N", "F:sus4"], [], []
+    for i, part in enumerate(["train", "valid", "test", "train", "test"]):
+        order = np.roll(np.arange(4), i)
+        (tmp_path / f"{i}.lab").write_text("".join(f"{0.64 * k:.2f} {0.64 * (k + 1):.2f} {names[c]}\n" for k, c in enumerate(order)))
+        tracks.append(Track(f"{i}", None, {"chords": tmp_path / f"{i}.lab"}, part, f"{i}"))
+        heard.append(np.append(np.repeat(order, 20), np.full(i, 3)))                                    # the end has no label
+    owner, heard = np.repeat(np.arange(5), [len(h) for h in heard]), np.concatenate(heard)
+    x = torch.from_numpy(np.eye(4)[heard]).float() + 0.1 * torch.randn(len(heard), 4, generator=torch.Generator().manual_seed(0))
+    results, chance = probe.probe_local({"clear": x, "deaf": x * 0}, owner, tracks, "chords")
+    assert results["clear"]["overlap"]["mean"] == results["clear"]["overlap (pooled)"]["mean"] == 1
+    assert chance == pytest.approx({"overlap": 1 / 3, "overlap (pooled)": 1 / 3}) and results["deaf"]["overlap"]["mean"] == pytest.approx(1 / 3)
 
 
 # ---------------------------------------------------------------- splits
@@ -665,6 +711,11 @@ def test_without_a_validation_part_a_fifth_of_the_training_groups_is_given_up():
     assert not {groups[i] for i in train} & {groups[i] for i in valid} and 0.1 < len(valid) / 200 < 0.3
     more = probe.splits_of(tracks_with(["train"] * 150 + ["test"] * 40, groups))[0]                 # a group stays where it is, whoever else is there
     assert set(more[1]) == {i for i in valid if i < 150}
+
+
+def test_which_splits_share_their_test_tracks():
+    assert probe.share_test(probe.splits_of(tracks_with(["test", "train", "valid", "train"])))
+    assert not probe.share_test(probe.splits_of(tracks_with([None] * 9))) and not probe.share_test(probe.splits_of(tracks_with([0, 1, 2, 0, 1, 2])))
 
 
 def test_folds_rotate():
@@ -789,6 +840,15 @@ def test_template_hears_the_pitch_fork():
     assert probe.template_signatures([fork, moved, np.zeros_like(fork)]).tolist() == [0, 3, 0]
 
 
+@pytest.mark.parametrize("mode, tonic, signature", [("major", 0, 0), ("major", 10, 10), ("minor", 9, 0), ("minor", 4, 7), ("minor", 0, 3)])
+def test_template_recognises_its_own_profiles(mode, tonic, signature):
+    """The magnitudes of each octave follow a profile of the template; the first bin is A."""
+    magnitude = np.roll(probe.KRUMHANSL[mode], tonic)[(np.arange(data.N_BINS) + 9) % 12] / 10
+    frames = np.zeros((5, data.COLUMNS), np.uint8)
+    frames[:, :data.N_BINS] = np.round(255 * (1 + 20 * np.log10(magnitude) / data.DYNAMIC_RANGE))
+    assert probe.template_signatures([frames]).tolist() == [signature]
+
+
 class Ear:
     """Stands for a network that hears pitch classes, and calls the first bin it is shown `turn`."""
     config, turn = {}, 0
@@ -805,9 +865,16 @@ def test_calibration_hears_the_fork_as_c_major(turn):
     ear, fork = Ear(), probe.pitch_fork()
     ear.turn = turn
     at_one_crop = probe.pitch_profiles(ear, [fork], "cpu")[0]
-    assert probe.calibrate(ear, "cpu") == at_one_crop.argmax() == (9 + 3 - (9 + probe.PITCH_CROP) + turn) % 12   # C, three above the first bin, A
+    assert probe.calibrate(ear, "cpu") == at_one_crop.argmax() == (3 - probe.PITCH_CROP + turn) % 12  # C is three above the first bin, A
     heard = probe.key_signatures(ear, [fork, np.roll(fork, 3, axis=1), np.roll(fork, -5, axis=1)], "cpu")
     assert heard.shape == (3, 12) and heard.argmax(dim=1).tolist() == [0, 3, 7]
+
+
+def test_one_odd_crop_does_not_decide_the_calibration(monkeypatch):
+    """A clip shown at a higher crop seems lower. Turned back, twelve crops agree on class 4; the one in use errs."""
+    say = lambda model, tracks, device, crop: F.one_hot(torch.tensor([1 if crop == probe.PITCH_CROP else (4 + probe.PITCH_CROP - crop) % 12]), 12).float()
+    monkeypatch.setattr(probe, "pitch_profiles", say)
+    assert probe.calibrate(None, "cpu") == 4
 
 
 def test_calibration_undoes_the_rotation():
