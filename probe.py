@@ -622,6 +622,7 @@ STEPS, EVERY, PATIENCE = 50 * 128, 32, 20
 FRAMES = dict(batch=2048, every=128, patience=5)  # local tasks: frames a step, and how often validation is read (our choice)
 GRID = [dict(standardize=s, hidden=h, batch=b, lr=r, dropout=d, l2=w) for s, h, b, r, d, w in
         product((False, True), (0, 512), (64, 256), (1e-5, 1e-4, 1e-3), (0.25, 0.5, 0.75), (0.0, 1e-4, 1e-3))]
+SYNTH_STEPS = 640  # every training run ends with this table: 65 fits in half a minute (our choice)
 GRID_FIT = dict(steps=1024, every=8, patience=32, halve=(64, 128, 256, 512))
 
 
@@ -1494,7 +1495,7 @@ def synth_table(model, device):
             draws = [np.sort(np.random.default_rng(seed).choice(pool, count, replace=False)) for seed in range(SEEDS)]
             runs = [dict(LINEAR, seed=seed, train=draw, valid=valid) for seed, draw in enumerate(draws)]
             for name, x in rows.items():
-                heads = fit(x, owner, y, "class", runs, score)
+                heads = fit(x, owner, y, "class", runs, score, steps=SYNTH_STEPS)
                 results[name][f"{task} @{count}"] = mean_of([score(head(x, owner, test), test) for head in heads])
             chance[f"{task} @{count}"] = float(torch.bincount(y[test]).max() / len(test))
     for name, x in rows.items():
