@@ -740,15 +740,17 @@ def fit_stack(x, owner, y, kind, runs, score, steps, every, patience, halve):
     layers = [(dim, hidden), (hidden, outputs)] if hidden else [(dim, outputs)]
     weights = []
     for fan_in, fan_out in layers:  # nn.Linear's range
-        weights += [((2 * draw(generators, fan_in, fan_out) - 1) / fan_in ** 0.5)[of_seed].requires_grad_(), torch.zeros(len(runs), 1, fan_out, requires_grad=True)]
+        weights += [((2 * draw(generators, fan_in, fan_out) - 1) / fan_in ** 0.5)[of_seed], torch.zeros(len(runs), 1, fan_out)]
     moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
-    best = [w.detach().clone() for w in weights]
+    best = [w.clone() for w in weights]
     best_score, last_gain = [-np.inf] * len(runs), [0] * len(runs)
     active = torch.arange(len(runs))  # numbers of the runs that still train
+    # A stack is worked off in parts whose weights, moments and activations stay in the processor's cache (16 MB).
+    part = max(1, (1 << 22) // (4 * sum(a * b for a, b in layers) + 3 * batch * (dim + hidden)))
     for step in range(steps + 1):
         if step % every == 0:
             for k, r in enumerate(active.tolist()):
-                current = [w[k].detach() for w in weights]
+                current = [w[k] for w in weights]
                 value = score(Head(mean[r], scale[r], current, offset[r], gain[r], None).outputs(*prepared[r]), runs[r]["valid"])
                 if value > best_score[r]:
                     best_score[r], last_gain[r] = value, step
@@ -762,33 +764,41 @@ def fit_stack(x, owner, y, kind, runs, score, steps, every, patience, halve):
             if len(staying) < len(active):
                 staying = torch.tensor(sorted(staying))
                 active = active[staying]
-                weights = [w.detach()[staying].requires_grad_() for w in weights]
+                weights = [w[staying] for w in weights]
                 moments = [(m[staying], v[staying]) for m, v in moments]
-        now, seeded = which[active], of_seed[active]
-        same = len(now.unique()) == len(seeded.unique()) == 1                                     # one batch serves the whole stack
-        if same:
-            now, seeded = now[:1], seeded[:1]
-        chosen = items[now[:, None], (draw(generators, batch)[seeded] * sizes[now][:, None]).long()]          # (runs or 1, batch)
-        inputs = (x[chosen].float() - mean[active][:, None]) / scale[active][:, None]             # (runs, batch, dim)
-        target = y[torch.from_numpy(owner)[chosen]]
-        target = target.expand(len(active), *target.shape[1:])
-        if kind == "regression":
-            target = (target - offset[active][:, None]) / gain[active][:, None]
-        hidden_keep = None
-        if dropout.any():
-            rate = dropout[active]
-            inputs = inputs * (draw(noise, batch, dim)[seeded] >= rate) / (1 - rate)
-            hidden_keep = (draw(noise, batch, hidden)[seeded] >= rate) / (1 - rate) if hidden else None
-        with autocast("cpu") if hidden else torch.enable_grad():
-            out = forward(weights, inputs, hidden_keep)
-        # Summed over runs: every run sees the gradient it would see alone.
-        gradients = torch.autograd.grad(item_loss(kind, out.float(), target).sum(), weights)
-        with torch.no_grad():  # Adam with a rate and an L2 of each run's own
-            for w, gradient, (m, v) in zip(weights, gradients, moments):
-                gradient = gradient + l2[active] * w
-                m.lerp_(gradient, 0.1)
-                v.lerp_(gradient * gradient, 0.001)
-                w -= lr[active] * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        drawn = draw(generators, batch)                                                           # (seeds, batch)
+        dropping = bool(dropout.any())
+        muted = draw(noise, batch, dim) if dropping else None                                     # (seeds, batch, dim)
+        hidden_muted = draw(noise, batch, hidden) if dropping and hidden else None
+        for low in range(0, len(active), part):
+            some = active[low:low + part]                                                         # (n,) runs
+            now, seeded = which[some], of_seed[some]
+            if len(now.unique()) == len(seeded.unique()) == 1:                                    # one batch serves them all
+                now, seeded = now[:1], seeded[:1]
+            chosen = items[now[:, None], (drawn[seeded] * sizes[now][:, None]).long()]            # (n or 1, batch)
+            inputs = (x[chosen].float() - mean[some][:, None]) / scale[some][:, None]             # (n, batch, dim)
+            target = y[torch.from_numpy(owner)[chosen]]
+            target = target.expand(len(some), *target.shape[1:])
+            if kind == "regression":
+                target = (target - offset[some][:, None]) / gain[some][:, None]
+            hidden_keep = None
+            if dropping:
+                rate = dropout[some]
+                inputs = inputs * (muted[seeded] >= rate) / (1 - rate)
+                hidden_keep = (hidden_muted[seeded] >= rate) / (1 - rate) if hidden else None
+            leaves = [w[low:low + part].requires_grad_() for w in weights]                        # views: trained in place
+            with autocast("cpu") if hidden else torch.enable_grad():
+                out = forward(leaves, inputs, hidden_keep)
+            # Summed over runs: every run sees the gradient it would see alone.
+            gradients = torch.autograd.grad(item_loss(kind, out.float(), target).sum(), leaves)
+            rate_now, fade = -lr[some] / (1 - 0.9 ** (step + 1)), (1 - 0.999 ** (step + 1)) ** 0.5
+            with torch.no_grad():  # Adam with a rate and an L2 of each run's own
+                for w, gradient, (m, v) in zip(leaves, gradients, moments):
+                    m, v = m[low:low + part], v[low:low + part]
+                    gradient = gradient.addcmul(w, l2[some])
+                    m.lerp_(gradient, 0.1)
+                    v.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+                    w.addcmul_(m / v.sqrt().div_(fade).add_(1e-8), rate_now)
     return [Head(mean[r], scale[r], [w[r] for w in best], offset[r], gain[r], best_score[r]) for r in range(len(runs))]
 
 
