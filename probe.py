@@ -1096,9 +1096,10 @@ def probe_global(rows, owner, tracks, targets, grid, shares, report):
                     cell["interval"] = interval(function, outputs, [truth[test] for _, _, test in splits], share_test(splits))
                 results[name][title(metric)] = cell
             for share in shares:
-                draws = [labelled_part(splits[0][0], y, share, draw) for draw in range(4)]
-                heads = fit(x, owner, y, kind, [dict(winners[0], seed=s, train=d, valid=splits[0][1]) for s, d in enumerate(draws)], score)
-                scores = [steer(head(x, owner, splits[0][2]).numpy(), truth[splits[0][2]]) for head in heads]
+                four = [(draw, winners[draw % len(splits)], *splits[draw % len(splits)]) for draw in range(4)]
+                runs = [dict(winner, seed=draw, train=labelled_part(train, y, share, draw), valid=valid) for draw, winner, train, valid, _ in four]
+                heads = fit(x, owner, y, kind, runs, score)
+                scores = [steer(head(x, owner, test).numpy(), truth[test]) for head, (*_, test) in zip(heads, four)]
                 results[name][f"{title(next(iter(metrics)))} @{100 * share:g} %"] = mean_of(scores)
             bar.update()
     bar.close()
