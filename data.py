@@ -737,6 +737,13 @@ def training_views(frames, crops):
     return cqt, mel
 
 
+def kept_positions(rng, shape, count, mask):
+    """Which of `count` tokens a mask of that share leaves, sorted: (*shape, kept) int64, another draw for each item."""
+    kept = max(1, round(count * (1 - mask)))
+    order = rng.random((*shape, count), dtype=np.float32)
+    return np.sort(np.argpartition(order, kept - 1, axis=-1)[..., :kept], axis=-1)
+
+
 class Segments:
     """Training batches from frame stores, every one a pure function of (seed, step): resuming needs no hidden state.
 
@@ -749,12 +756,13 @@ class Segments:
 
     NT-Xent compares views 0 and 1, which share a crop: it must not be asked to ignore transposition, or the trunk
     forgets pitch. CPSD compares views 0 and 1 with view 2, whose crop differs. Each view keeps its own random frames.
+    keys {path in a store: 0..23} are labels for those who learn from some (`tone`).
     Raises InputError when the stores hold no track of 4 s, or fewer pieces than the batch.
     """
 
-    def __init__(self, stores, batch_size):
+    def __init__(self, stores, batch_size, keys=None):
         self.stores, self.batch_size = stores, batch_size
-        pieces, short = [], 0
+        pieces, labels, short = [], [], 0
         for s, store in enumerate(stores):
             counts = np.where(store.lengths < SEGMENT, 0, np.maximum(1, store.lengths // PIECE))   # (tracks,)
             short += int((counts == 0).sum())
@@ -762,7 +770,9 @@ class Segments:
             nth = np.arange(len(track)) - np.repeat(np.cumsum(counts) - counts, counts)
             size = store.lengths[track] // counts[track]
             pieces.append(np.stack([np.full(len(track), s), store.starts[track] + nth * size, size], axis=1))
+            labels += [(keys or {}).get(store.paths[t], -1) for t in track]
         self.pieces = np.concatenate(pieces)                                                       # (pieces, 3): store, start, length
+        self.keys = np.array(labels, dtype=np.int64)                                               # (pieces,)
         self.summary = f"{len(self.pieces)} pieces of about 30 s, {self.pieces[:, 2].sum() * HOP / SAMPLE_RATE / 3600:.2f} h"
         if short:
             self.summary += f"; {short} tracks shorter than one 4 s segment left out"
@@ -773,12 +783,14 @@ class Segments:
                              f"use --batch-size {len(self.pieces)} or less, or add music")
 
     def batch(self, seed, step, views=3, mask=0.0):
-        """frames (views, batch, kept, 224) uint8, crops (views, batch) and positions (views, batch, kept) int64.
+        """frames (views, batch, kept, 224) uint8, crops (views, batch), positions (views, batch, kept) and keys (batch,) int64.
 
-        `mask` is the share of frames dropped; positions says which of the 126 frames of a segment were kept.
+        `mask` is the share of frames dropped; positions says which of the 126 frames of a segment were kept; a key is -1
+        where no label is known.
         """
         rng = np.random.default_rng([seed, step])
-        chosen = self.pieces[rng.choice(len(self.pieces), self.batch_size, replace=False)]         # (batch, 3)
+        number = rng.choice(len(self.pieces), self.batch_size, replace=False)                      # (batch,)
+        chosen = self.pieces[number]                                                               # (batch, 3)
         length = chosen[:, 2]
         room = length - 2 * SEGMENT
         first, second = np.sort(rng.integers(0, np.maximum(room, 0) + 1, (2, self.batch_size)), axis=0)
@@ -790,15 +802,13 @@ class Segments:
         crop = rng.integers(0, MAX_CROP + 1, self.batch_size)
         other = (crop + rng.integers(1, MAX_CROP + 1, self.batch_size)) % (MAX_CROP + 1)           # uniform, never the same
         crops = np.stack([crop, crop, other])[:views]
-        kept = max(1, round(SEGMENT * (1 - mask)))
-        order = rng.random((views, self.batch_size, SEGMENT), dtype=np.float32)
-        positions = np.sort(np.argpartition(order, kept - 1, axis=-1)[..., :kept], axis=-1)        # (views, batch, kept)
+        positions = kept_positions(rng, (views, self.batch_size), SEGMENT, mask)                   # (views, batch, kept)
         rows = start[..., None] + positions
         frames = np.empty((*rows.shape, COLUMNS), np.uint8)
         for s, store in enumerate(self.stores):
             mine = chosen[:, 0] == s
             frames[:, mine] = store.frames[rows[:, mine]]
-        return torch.from_numpy(frames), torch.from_numpy(crops), torch.from_numpy(positions)
+        return torch.from_numpy(frames), torch.from_numpy(crops), torch.from_numpy(positions), torch.from_numpy(self.keys[number])
 
 
 def open_data(sources):

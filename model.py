@@ -5,16 +5,14 @@ frequencies at one moment: time is the sequence, as words are in a sentence. Cla
 audio of their own. They gather by attention what their loss asks of them: one learns key (CPSD), one timbre and style
 (NT-Xent), both in one trunk. Read top to bottom: block, model, checkpoint.
 """
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from data import CROP_BINS, N_MELS, SEGMENT, InputError
-
-# Which spectrogram a class token starts from: its own branch (MT2). Others would start from the sum of both.
-BRANCH = {"cpsd": "cqt", "ntxent": "mel"}
-PROFILE_TEMPERATURE = 0.3  # of the profile's softmax; below 1 the first outputs are sharp enough to leave z = 0 (our choice)
-EMBEDDING = 128            # dimensions in which NT-Xent compares (SimCLR)
+from losses import PRETEXT, circulant_
 
 
 class Block(nn.Module):
@@ -36,93 +34,129 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-@torch.no_grad()
-def circulant_(weight):
-    """Initialise (outputs, bins) so that transposing the input by a semitone only rotates each group of 12 outputs.
+def sinusoid(places, dim):
+    """places (n,) -> (n, dim): sines and cosines of wavelengths from 2 pi to 20,000 pi (Vaswani et al. 2017)."""
+    frequency = 1e-4 ** (torch.arange(dim // 2, device=places.device) / (dim // 2))
+    angle = places[:, None].float() * frequency                            # (n, dim / 2)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
-    Row 12 k + q looks at pitch class p as row 12 k looks at p - q, in every octave alike but for a random weight of the
-    octave. A network that starts like this, all else being the identity, is equivariant at birth; it is free to leave.
-    Rows beyond the last whole group of 12 keep their values. Returns weight.
+
+def parse_patch(text):
+    """'1' -> [None]: whole frames of both spectrograms; '16x16,128x2' -> [(16, 16), (128, 2)]: bands x frames of the mel.
+
+    Raises ValueError when the text is neither, or the bands do not divide the 128 of the mel.
     """
-    outputs, bins = weight.shape
-    groups, octaves = outputs // 12, bins // 12
-    pattern = torch.randn(groups, 12)                                      # what group k listens for, from its tonic up
-    octave = torch.rand(groups, octaves) + 0.5
-    q = torch.arange(12)
-    rows = pattern[:, (q[None, :] - q[:, None]) % 12]                      # (groups, 12 outputs, 12 pitch classes)
-    rows = torch.einsum("kqp,ko->kqop", rows, octave).reshape(12 * groups, 12 * octaves)
-    weight[:12 * groups, :12 * octaves] = rows * (2 / (outputs + bins)) ** 0.5
-    return weight
+    if text == "1":
+        return [None]
+    sizes = [tuple(map(int, part.split("x"))) for part in text.split(",")] if re.fullmatch(r"\d+x\d+(,\d+x\d+)*", text) else []
+    if not sizes or any(0 in size or N_MELS % size[0] for size in sizes) or len(set(sizes)) < len(sizes):
+        raise ValueError(f"patch {text!r}: give 1, or bands x frames with bands that divide {N_MELS}, as 16x16 or 16x16,128x2")
+    return sizes
 
 
 class MT2(nn.Module):
-    """ViT-1D with one class token per pretext task.
+    """ViT with one class token per pretext task.
 
-    tokens: names out of "cpsd", "ntxent", in any number and order; dim, depth, heads: the trunk, 192, 12, 3 in the
-    paper (5.4 M parameters); frames: the longest input, in frames of 32 ms. Raises ValueError for unknown or repeated
-    tokens, or a dim that the heads do not divide.
+    tokens: names out of losses.PRETEXT, in any number and order; dim, depth, heads: the trunk, 192, 12, 3 in the paper
+    (5.4 M parameters); frames: the longest input, in frames of 32 ms; patch: "1", one frame of both spectrograms a token
+    (ViT-1D), or patches of the mel as in Myna, "16x16", "128x2" or both; pool: "token", or "mean" of the sequence in place
+    of class tokens (Myna). Raises ValueError for values that do not fit.
     """
 
-    def __init__(self, tokens=("cpsd", "ntxent"), dim=192, depth=12, heads=3, frames=SEGMENT):
+    def __init__(self, tokens=("cpsd", "ntxent"), dim=192, depth=12, heads=3, frames=SEGMENT, patch="1", pool="token"):
         super().__init__()
         tokens = tuple(tokens)
-        if not tokens or len(set(tokens)) < len(tokens) or set(tokens) - set(BRANCH):
-            raise ValueError(f"tokens {','.join(tokens)!r}: give one or more of {', '.join(BRANCH)}, each once")
+        if not tokens or len(set(tokens)) < len(tokens) or set(tokens) - set(PRETEXT):
+            raise ValueError(f"tokens {','.join(tokens)!r}: give one or more of {', '.join(PRETEXT)}, each once")
         if dim % heads:
             raise ValueError(f"dim={dim} is not a multiple of heads={heads}")
-        self.config = dict(tokens=list(tokens), dim=dim, depth=depth, heads=heads, frames=frames)
-        self.tokens, self.frames = tokens, frames
-        tokeniser = lambda bins: nn.Sequential(nn.LayerNorm(bins), nn.Linear(bins, dim), nn.GELU())
-        self.tokenisers = nn.ModuleDict({"cqt": tokeniser(CROP_BINS), "mel": tokeniser(N_MELS)})
-        self.class_tokens = nn.Parameter(torch.empty(len(tokens), dim))
-        # Learned positions for frames only: a class token has just one place, its position is part of its vector.
-        self.positions = nn.Parameter(torch.empty(frames, dim))
+        if pool not in ("token", "mean"):
+            raise ValueError(f"pool={pool!r}: give token or mean")
+        self.config = dict(tokens=list(tokens), dim=dim, depth=depth, heads=heads, frames=frames, patch=patch, pool=pool)
+        self.tokens, self.frames, self.pool, self.patches = tokens, frames, pool, parse_patch(patch)
+        if pool == "token":
+            self.class_tokens = nn.Parameter(torch.empty(len(tokens), dim))
+        if self.patches == [None]:
+            tokeniser = lambda bins: nn.Sequential(nn.LayerNorm(bins), nn.Linear(bins, dim), nn.GELU())
+            self.tokenisers = nn.ModuleDict({"cqt": tokeniser(CROP_BINS), "mel": tokeniser(N_MELS)})
+            # Learned positions for frames only: a class token has just one place, its position is part of its vector.
+            self.positions = nn.Parameter(torch.empty(frames, dim))
+        else:  # Myna: linear patches, fixed two-dimensional positions
+            self.tokenisers = nn.ModuleDict({f"{bands}x{width}": nn.Linear(bands * width, dim) for bands, width in self.patches})
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
-        # CPSD: 12 pitch classes, straight. STONE and MT2 map to 84 bins and average over octaves; the mean of linear
-        # maps is a linear map, so both heads can say exactly the same. NT-Xent: SimCLR's projector, thrown away later.
-        heads = {"cpsd": lambda: nn.Linear(dim, 12),
-                 "ntxent": lambda: nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, EMBEDDING))}
-        self.heads = nn.ModuleDict({name: heads[name]() for name in tokens})
-        nn.init.normal_(self.class_tokens, std=0.02)
-        nn.init.normal_(self.positions, std=0.02)
+        self.heads = nn.ModuleDict({name: PRETEXT[name](dim) for name in tokens})
+        keys = [name for name in tokens if self.heads[name].branch == "cqt"]
+        if keys and self.patches != [None]:
+            raise ValueError(f"tokens {','.join(keys)}: learn from transposed frames of the CQT, which patches of the mel lack; use patch 1")
+        for name, parameter in self.named_parameters():
+            if name in ("class_tokens", "positions"):
+                nn.init.normal_(parameter, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for block in self.blocks:  # each block starts as the identity
             nn.init.zeros_(block.out.weight)
             nn.init.zeros_(block.mlp[-1].weight)
-        circulant_(self.tokenisers["cqt"][1].weight)
-        if "cpsd" in tokens:
-            circulant_(self.heads["cpsd"].weight.data.T).mul_(0.3)  # unsure at first: a saturated softmax learns nothing
+        if self.patches == [None]:
+            circulant_(self.tokenisers["cqt"][1].weight)
+        for head in self.heads.values():
+            head.reset()
 
-    def forward(self, cqt, mel, positions=None, layers=()):
+    @property
+    def class_token_count(self):
+        return len(self.tokens) if self.pool == "token" else 0
+
+    def patch_count(self, frames, patch=0):
+        """How many tokens `frames` frames make (at least one: what is shorter than a patch is filled up with silence)."""
+        size = self.patches[patch]
+        return frames if size is None else N_MELS // size[0] * max(1, frames // size[1])
+
+    def tokenise(self, cqt, mel, positions, patch):
+        """Sequence tokens with their places, (batch, n, dim), and where each task's class token starts from, (batch, tokens, dim)."""
+        size, dim = self.patches[patch], self.config["dim"]
+        if size is None:
+            branch = {"cqt": self.tokenisers["cqt"](cqt), "mel": self.tokenisers["mel"](mel)}         # (batch, frames, dim) each
+            own = [branch[head.branch].mean(dim=1) for head in self.heads.values()]                   # (batch, dim) each
+            positions = torch.arange(cqt.shape[1], device=cqt.device) if positions is None else positions
+            return branch["cqt"] + branch["mel"] + F.embedding(positions, self.positions), torch.stack(own, dim=1)
+        bands, width = size
+        rows, columns = N_MELS // bands, max(1, mel.shape[1] // width)
+        mel = F.pad(mel, (0, 0, 0, max(0, width - mel.shape[1])))[:, :columns * width]
+        x = mel.unflatten(1, (columns, width)).unflatten(3, (rows, bands))                            # (batch, columns, width, rows, bands)
+        x = x.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)                                         # (batch, columns * rows, width * bands)
+        n = torch.arange(columns * rows, device=mel.device)
+        place = torch.cat([sinusoid(n // rows, dim // 2), sinusoid(n % rows, dim // 2)], dim=-1)      # (n, dim): when, and how high
+        if positions is not None:  # masked patches are dropped before the first matrix product
+            x = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+            place = place[positions]
+        x = self.tokenisers[f"{bands}x{width}"](x) + place
+        return x, x.mean(dim=1, keepdim=True).expand(-1, len(self.tokens), -1)
+
+    def forward(self, cqt, mel, positions=None, layers=(), patch=0):
         """Frames to class tokens.
 
-        cqt (batch, frames, 84) and mel (batch, frames, 128), log-compressed to [0, 1]. positions (batch, frames) int64
-        says which frames of the segment these are; without it, the first ones in order. A masked frame is one that is
-        not given: it costs nothing, and class tokens are never masked.
-        Returns ({name: (batch, dim)}, {layer: (batch, tokens + frames, dim)}): the class tokens after the last layer,
-        and for each layer in `layers` (0 = tokeniser + positions .. depth = after the final norm) all tokens, class
-        tokens first.
-        Raises ValueError when the shapes do not fit or there are more frames than positions.
+        cqt (batch, frames, 84) and mel (batch, frames, 128), log-compressed to [0, 1]. A masked token is one that is not
+        there: it costs nothing, and class tokens are never masked. With patch "1" positions (batch, frames) int64 says
+        which frames of the segment the given ones are; with patches of the mel, which patches to keep, (batch, kept),
+        counted up the bands, then along time. Without it, all in order. patch: which of several patch sizes.
+        Returns ({name: (batch, dim)}, {layer: (batch, tokens + n, dim)}): the class tokens after the last layer (or the mean,
+        see pool), and for each layer in `layers` (0 = tokeniser + positions .. depth = after the final norm) all tokens,
+        class tokens first. Raises ValueError when the shapes do not fit or there are more frames than positions.
         """
         batch, frames, _ = cqt.shape
         if cqt.shape[-1] != CROP_BINS or mel.shape != (batch, frames, N_MELS):
             raise ValueError(f"expected cqt (batch, frames, {CROP_BINS}) and mel (batch, frames, {N_MELS}), "
                              f"got {tuple(cqt.shape)} and {tuple(mel.shape)}")
-        if positions is not None and positions.shape != (batch, frames):
-            raise ValueError(f"expected positions ({batch}, {frames}), got {tuple(positions.shape)}")
+        if positions is not None and (len(positions) != batch or (self.patches == [None] and positions.shape != (batch, frames))):
+            raise ValueError(f"expected positions ({batch}, {frames if self.patches == [None] else 'kept'}), got {tuple(positions.shape)}")
         if frames > self.frames:
             raise ValueError(f"{frames} frames are more than the model's {self.frames}; cut the audio into windows")
-        branch = {"cqt": self.tokenisers["cqt"](cqt), "mel": self.tokenisers["mel"](mel)}    # (batch, frames, dim) each
-        own = [branch[BRANCH[name]].mean(dim=1) for name in self.tokens]                     # (batch, dim) each
-        class_tokens = torch.stack(own, dim=1) + self.class_tokens                           # (batch, tokens, dim)
-        if positions is None:
-            positions = torch.arange(frames, device=cqt.device)
-        place = F.embedding(positions, self.positions)                                       # (..., frames, dim)
-        x = torch.cat([class_tokens, branch["cqt"] + branch["mel"] + place], dim=1)          # (batch, tokens + frames, dim)
+        x, own = self.tokenise(cqt, mel, positions, patch)                                            # (batch, n, dim), (batch, tokens, dim)
+        if self.pool == "token":
+            x = torch.cat([own + self.class_tokens, x], dim=1)                                        # (batch, tokens + n, dim)
         inside = {}
         for layer, block in enumerate(self.blocks):
             if layer in layers:
@@ -131,23 +165,22 @@ class MT2(nn.Module):
         x = self.norm(x)
         if len(self.blocks) in layers:
             inside[len(self.blocks)] = x
-        return {name: x[:, i] for i, name in enumerate(self.tokens)}, inside
+        answers = [x[:, i] for i in range(len(self.tokens))] if self.pool == "token" else [x.mean(dim=1)] * len(self.tokens)
+        return dict(zip(self.tokens, answers)), inside
 
-    def profile(self, token):
-        """CPSD class token (batch, dim) -> pitch profile (batch, 12), non-negative, summing to 1."""
-        return (self.heads["cpsd"](token).float() / PROFILE_TEMPERATURE).softmax(dim=-1)
-
-    def embed(self, token):
-        """NT-Xent class token (batch, dim) -> the embedding (batch, 128) whose cosines the loss compares."""
-        return self.heads["ntxent"](token)
+    def key_token(self):
+        """Name of the first token that knows key signatures, or None: its head has profile(token)."""
+        return next((name for name, head in self.heads.items() if hasattr(head, "profile")), None)
 
 
-def parameter_count(tokens, dim, depth, frames=SEGMENT):
-    """Number of parameters by formula: what each part of MT2 costs."""
+def parameter_count(tokens, dim, depth, frames=SEGMENT, patch="1", pool="token"):
+    """Number of parameters by formula: what each part costs, the heads of the pretext tasks counted as they are."""
     block = 12 * dim ** 2 + 13 * dim                                       # qkv, out, two-layer MLP, two norms
-    tokenisers = sum(2 * bins + bins * dim + dim for bins in (CROP_BINS, N_MELS))
-    heads = {"cpsd": 12 * dim + 12, "ntxent": (dim + 1) * 4 * dim + (4 * dim + 1) * EMBEDDING}
-    return depth * block + tokenisers + (len(tokens) + frames) * dim + 2 * dim + sum(heads[t] for t in tokens)
+    sizes = parse_patch(patch)
+    tokenisers = (sum(2 * bins + bins * dim + dim for bins in (CROP_BINS, N_MELS)) + frames * dim if sizes == [None]
+                  else sum((bands * width + 1) * dim for bands, width in sizes))
+    heads = sum(p.numel() for name in tokens for p in PRETEXT[name](dim).parameters())
+    return depth * block + tokenisers + (len(tokens) * dim if pool == "token" else 0) + 2 * dim + heads
 
 
 def pick_amp(device):

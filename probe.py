@@ -5,7 +5,7 @@
     python probe.py synth                                   the embedded songs, nothing needed
     python probe.py folders --data DIR [--group REGEX]      your recordings, one sub-folder per class
     python probe.py csv --data labels.csv --audio DIR --label COLUMN [--split COLUMN] [--group COLUMN]
-    python probe.py key SONG_OR_FOLDER... [--keys CSV]      key signature without labels
+    python probe.py key SONG_OR_FOLDER... [--keys CSV]      keys without labels
     python probe.py compare A.json B.json...                runs side by side
 
 The story: tasks (whose files, whose labels) -> features (frozen, cached) -> probe (the only thing trained) -> metrics.
@@ -59,6 +59,7 @@ from tqdm import tqdm
 from data import (AUDIO_SUFFIXES, DYNAMIC_RANGE, FMIN, HOP, MAX_CROP, N_BINS, PITCH_CROP, SAMPLE_RATE, SEGMENT, SYNTH_SPLITS,
                   TIMBRES, FrontEnd, InputError, audio_to_frames, compose, crop_views, find_audio, prepare_files,
                   prepare_folders, prepare_synth, read_audio, render_note, run_cli)
+from losses import KRUMHANSL
 from model import MT2, load_checkpoint, pick_amp
 
 SEEDS = 5
@@ -536,7 +537,7 @@ def extract(model, tracks, device, layers=None, per_frame=False, progress=None):
     sizes = np.array([stop - start for cuts in spans for start, stop in cuts])
     starts = np.concatenate([[0], np.cumsum(sizes)])
     layers = [model.config["depth"]] if model is not None and layers is None else layers
-    arrays = {}
+    arrays, n = {}, 0 if model is None else model.class_token_count
     for indices, windows in window_batches(tqdm(tracks, desc=progress, unit="track", disable=progress is None), spans):
         cqt, mel = views_of(windows, device)
         if model is None:
@@ -544,10 +545,12 @@ def extract(model, tracks, device, layers=None, per_frame=False, progress=None):
             found = {"raw": both if per_frame else torch.cat([both.mean(dim=1), both.std(dim=1, unbiased=False)], dim=-1)}
         else:
             with autocast(device):
-                inside = model(cqt, mel, layers=layers)[1]
-            every = torch.stack([inside[layer].float() for layer in layers], dim=1)  # (n, layers, tokens + frames, dim)
-            tokens, sequence = every[:, :, :len(model.tokens)], every[:, :, len(model.tokens):]
-            found = {"sequence": sequence.transpose(1, 2)} if per_frame else {"tokens": tokens, "sequence": sequence.mean(dim=2)}
+                inside = [model(cqt, mel, layers=layers, patch=patch)[1] for patch in range(len(model.patches))]
+            every = [torch.stack([x[layer].float() for layer in layers], dim=1) for x in inside]  # (n, layers, tokens + frames, dim) each
+            if per_frame:
+                found = {"sequence": every[0][:, :, n:].transpose(1, 2)}
+            else:  # several patch sizes side by side
+                found = {"tokens": torch.cat([x[:, :, :n] for x in every], dim=-1), "sequence": torch.cat([x[:, :, n:].mean(dim=2) for x in every], dim=-1)}
         rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in indices]) if per_frame else indices
         for name, value in found.items():
             value = value.flatten(0, 1) if per_frame else value
@@ -588,11 +591,13 @@ def readouts(arrays, names, counts, layers=(None,)):
         rows = []
         for i in range(len(layers)):
             tokens, sequence = arrays["tokens"][:, i].float(), arrays["sequence"][:, i].float()  # (windows, tokens, dim), (windows, dim)
-            row = {name: tokens[:, t] for t, name in enumerate(names)}
-            if len(names) > 1:
+            row = {name: tokens[:, t] for t, name in enumerate(names)} if tokens.shape[1] else {}
+            if len(row) > 1:
                 row |= {"average": tokens.mean(dim=1), "concat": tokens.flatten(1)}
-            frames = torch.as_tensor(counts)[:, None]
-            row |= {"sequence mean": sequence, "all tokens mean": (tokens.sum(dim=1) + frames * sequence) / (len(names) + frames)}
+            row["sequence mean"] = sequence
+            if tokens.shape[1]:
+                frames = torch.as_tensor(counts)[:, None]
+                row["all tokens mean"] = (tokens.sum(dim=1) + frames * sequence) / (len(names) + frames)
             rows.append({name: value.half() for name, value in row.items()})
     label = lambda name, layer: name if len(layers) == 1 else f"{name} L{layer}"
     return {label(name, layer): value for layer, row in zip(layers, rows) for name, value in row.items()}
@@ -1284,11 +1289,6 @@ def print_confusion(outputs, truth, names, path):
 
 # ---------------------------------------------------------------- key without labels
 
-# How well each pitch class fits C major and C minor, as listeners rated it (Krumhansl and Kessler 1982).
-KRUMHANSL = {"major": (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
-             "minor": (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)}
-
-
 def pitch_fork():
     """A clip known to be in C major, (frames, 224): the cadence C F G C on four timbres. (STONE's calibration.)"""
     wave = torch.zeros(0)
@@ -1299,35 +1299,48 @@ def pitch_fork():
     return audio_to_frames([wave], FrontEnd())
 
 
+EVERY_CROP = tuple(range(MAX_CROP + 1))
+
+
+def turn(keys, steps):
+    """Rotate key probabilities (..., 12 or 24): index q goes to q + steps, major and minor keys alike."""
+    return keys.unflatten(-1, (-1, 12)).roll(steps, dims=-1).flatten(-2)
+
+
 @torch.inference_mode()
-def pitch_profiles(model, tracks, device, crop=PITCH_CROP, progress=None):
-    """Mean CPSD profile of each track's windows, (tracks, 12), at one crop; not calibrated."""
+def key_outputs(model, tracks, device, crops=EVERY_CROP, progress=None):
+    """Mean key probabilities of each track's windows, (tracks, 12 signatures or 24 keys), not calibrated.
+
+    Every window is heard at each of `crops` and the answers are turned back to one pitch: thirteen opinions, one answer.
+    """
+    name = model.key_token()
     spans = [cut_windows(len(t)) for t in tracks]
     owner = torch.from_numpy(np.repeat(np.arange(len(tracks)), [len(cuts) for cuts in spans]))
-    profiles = torch.zeros(len(owner), 12)
+    answers = torch.zeros(len(owner), model.heads[name].outputs)
     for indices, windows in window_batches(tqdm(tracks, desc=progress, unit="track", disable=progress is None), spans):
-        with autocast(device):
-            profiles[indices] = model.profile(model(*views_of(windows, device, crop))[0]["cpsd"]).cpu()
-    return track_mean(profiles, owner, len(tracks))
+        for crop in crops:
+            with autocast(device):
+                keys = model.heads[name].keys(model(*views_of(windows, device, crop))[0][name])
+            answers[indices] += turn(keys.cpu(), crop - PITCH_CROP) / len(crops)
+    return track_mean(answers, owner, len(tracks))
 
 
 def calibrate(model, device):
-    """The class that stands for C major. CPSD is blind to one rotation of the circle: a single clip settles it.
+    """The class that stands for C major. CPSD is blind to one rotation of the circle: a single clip settles it."""
+    return key_outputs(model, [pitch_fork()], device)[0].view(-1, 12).sum(dim=0).argmax().item()
 
-    The fork is heard at all 13 crops, each turned back to the one in use, so that one odd answer does not decide.
+
+def key_probabilities(model, tracks, device, progress=None):
+    """(tracks, 12 or 24) probabilities without labels, calibrated.
+
+    12: index = tonic of the major key with that signature (0 = C). 24: major keys, then minor keys, by their tonics.
     """
-    fork = pitch_fork()
-    turned = [torch.roll(pitch_profiles(model, [fork], device, crop)[0], crop - PITCH_CROP) for crop in range(MAX_CROP + 1)]
-    return torch.stack(turned).mean(dim=0).argmax().item()
+    keys = turn(key_outputs(model, tracks, device, progress=progress), -calibrate(model, device))
+    return torch.cat([keys[:, :12], keys[:, 12:].roll(9, dims=1)], dim=1)  # output 12 + q is the relative minor of q
 
 
-def key_signatures(model, tracks, device, progress=None):
-    """(tracks, 12) profiles whose index is the tonic of the major key with that signature (0 = C), by the CPSD head."""
-    return torch.roll(pitch_profiles(model, tracks, device, progress=progress), -calibrate(model, device), dims=1)
-
-
-def template_signatures(tracks):
-    """The classical answer: the 24 Krumhansl profiles against each track's mean chroma. (tracks,) key signatures."""
+def template_keys(tracks):
+    """The classical answer: the 24 Krumhansl profiles against each track's mean chroma. (tracks,) keys 0..23."""
     fold = (np.arange(N_BINS) + round(12 * np.log2(FMIN / 440)) + 69) % 12           # pitch class of each CQT bin
     answers = []
     for frames in tracks:
@@ -1336,7 +1349,7 @@ def template_signatures(tracks):
         chroma = np.bincount(fold, weights=magnitude, minlength=12)
         with np.errstate(invalid="ignore"):  # silence has no correlation
             fits = [np.corrcoef(chroma, np.roll(KRUMHANSL[mode], tonic))[0, 1] for mode in ("major", "minor") for tonic in range(12)]
-        answers.append(signature_of(int(np.nanargmax(fits))) if np.isfinite(fits).any() else 0)
+        answers.append(int(np.nanargmax(fits)) if np.isfinite(fits).any() else 0)
     return np.array(answers)
 
 
@@ -1531,11 +1544,16 @@ def synth_table(model, device):
 
     # Key signature without labels.
     truth, held_out = np.array([songs[i]["signature"] for i in test]), [store.track(i) for i in numbers[test]]
-    if "cpsd" in model.tokens:
-        for name, network in (("cpsd", model), ("untrained cpsd", untrained(model, device))):
-            estimate = key_signatures(network, held_out, device).argmax(dim=1).numpy()
-            results[name]["key sig. 0-shot"] = mean_of([(estimate == truth).mean()])
-    results["raw"]["key sig. 0-shot"] = mean_of([(template_signatures(held_out) == truth).mean()])
+    mode = np.array([songs[i]["key"] for i in test])
+    key_token = model.key_token()
+    if key_token:
+        for name, network in ((key_token, model), (f"untrained {key_token}", untrained(model, device))):
+            estimate = key_probabilities(network, held_out, device)
+            signature = estimate.argmax(dim=1).numpy() if estimate.shape[1] == 12 else SIGNATURES[estimate.argmax(dim=1)]
+            results[name]["key sig. 0-shot"] = mean_of([(signature == truth).mean()])
+            if estimate.shape[1] == 24:
+                results[name]["key 0-shot"] = mean_of([(estimate.argmax(dim=1).numpy() == mode).mean()])
+    results["raw"]["key sig. 0-shot"] = mean_of([(SIGNATURES[template_keys(held_out)] == truth).mean()])
     chance["key sig. 0-shot"] = 1 / 12
     return results, chance
 
@@ -1549,23 +1567,35 @@ def print_synth(checkpoint, device):
     write_json(Path(checkpoint).with_name("probe-synth.json"), title, results, chance)
 
 
+def name_of(probabilities):
+    """'C major / A minor (93 %)' of 12 probabilities, 'A minor (88 %)' of 24."""
+    best = probabilities.argmax().item()
+    relative = f" / {KEY_NAMES[(best + 9) % 12]} minor" if len(probabilities) == 12 else ""
+    return f"{KEY_NAMES[best % 12]} {'major' if best < 12 else 'minor'}{relative} ({100 * probabilities[best]:.0f} %)"
+
+
 def print_key(checkpoint, device, songs, labels):
-    """Key signature of each song; with a CSV of keys, the score of the network, the untrained one and the template."""
+    """Key of each song, also per 15 s; with a CSV of keys, the score of the network, the untrained one and the template."""
     model = load_checkpoint(checkpoint, device)
-    if "cpsd" not in model.tokens:
-        raise InputError(f"{checkpoint}: has no cpsd token, so it hears no key; train one with --tokens cpsd,ntxent")
+    name = model.key_token()
+    if name is None:
+        raise InputError(f"{checkpoint}: has no token that hears keys; train one with --tokens cpsd,ntxent or skey,ntxent")
     if not labels:
-        front_end = FrontEnd()
+        front_end, piece = FrontEnd(), round(15 / FRAME_SECONDS)
         files = [f for song in songs for f in ([Path(song)] if Path(song).is_file() else [p for _, p in find_audio([song])])]
         rotation = calibrate(model, device)
         for file in files:
             try:
-                profile = torch.roll(pitch_profiles(model, [audio_to_frames(read_audio(file), front_end)], device)[0], -rotation)
+                frames = audio_to_frames(read_audio(file), front_end)
             except InputError as error:
                 print(f"skipped {error}")
                 continue
-            best = profile.argmax().item()
-            print(f"{file}: {KEY_NAMES[best]} major / {KEY_NAMES[(best + 9) % 12]} minor ({100 * profile[best]:.0f} %)")
+            parts = [frames[i:i + piece] for i in range(0, max(1, len(frames) - SEGMENT), piece)]
+            keys = turn(key_outputs(model, [frames, *parts], device), -rotation)
+            keys = torch.cat([keys[:, :12], keys[:, 12:].roll(9, dims=1)], dim=1)
+            print(f"{file}: {name_of(keys[0])}")
+            for i, key in enumerate(keys[1:] if len(parts) > 2 else []):
+                print(f"    {15 * i // 60}:{15 * i % 60:02d}  {name_of(key)}")
         return
     store = prepare_folders(songs)
     try:
@@ -1579,18 +1609,27 @@ def print_key(checkpoint, device, songs, labels):
           f"{sum(f not in inside for f in keys)} have no readable file")
     if not found:
         raise InputError(f"{labels}: no row names a file below {' '.join(songs)}; give paths relative to that folder")
-    tracks, truth = [store.track(i) for i in found], np.array([signature_of(k) for k in found.values()])
-    right = lambda estimate, truth: float((estimate == truth).mean())
+    tracks, truth = [store.track(i) for i in found], np.array(list(found.values()))
+    metrics = metrics_of("key", ALL_KEYS)
+    right = lambda estimate, truth: float((SIGNATURES[estimate] == SIGNATURES[truth]).mean())
     results = {}
-    for name, estimate in (("cpsd", lambda: key_signatures(model, tracks, device, "keys").argmax(dim=1).numpy()),
-                           ("untrained cpsd", lambda: key_signatures(untrained(model, device), tracks, device, "untrained").argmax(dim=1).numpy()),
-                           ("Krumhansl template", lambda: template_signatures(tracks))):
-        estimate = estimate()
-        results[name] = {"accuracy": mean_of([right(estimate, truth)]) | {"interval": interval(right, [estimate], [truth])},
-                         "KSEA": mean_of([signature_score(estimate, truth)])}
-    title = f"key signature without labels, {len(truth)} tracks, in % [95 % bootstrap interval]; KSEA adds half for a fifth"
-    print_table(title, results, {"accuracy": 1 / 12, "KSEA": 1 / 6})
-    write_json(Path(checkpoint).with_name(f"probe-key-{Path(songs[0]).resolve().name}.json"), title, results, {"accuracy": 1 / 12, "KSEA": 1 / 6})
+    for row, estimates in ((name, lambda: key_probabilities(model, tracks, device, "keys").numpy()),
+                           (f"untrained {name}", lambda: key_probabilities(untrained(model, device), tracks, device, "untrained").numpy()),
+                           ("Krumhansl template", lambda: np.eye(24)[template_keys(tracks)])):
+        outputs = estimates()
+        estimate = outputs.argmax(axis=1)  # 12 outputs: the major key stands for its signature
+        results[row] = {"signature": mean_of([right(estimate, truth)]) | {"interval": interval(right, [estimate], [truth])},
+                        "KSEA": mean_of([metrics["KSEA"](outputs, truth)])}
+        if outputs.shape[1] == 24:
+            for metric in ("accuracy", "weighted", "weighted (both)", "mode"):
+                results[row][metric] = mean_of([metrics[metric](outputs, truth)])
+                if metric == "accuracy":
+                    results[row][metric]["interval"] = interval(metrics[metric], [outputs], [truth])
+    title = (f"key without labels, {len(truth)} tracks, in % [95 % bootstrap interval]; signature: right but for the relative key; KSEA: half\n"
+             "for a fifth; weighted: MIREX, ascending fifths (both: either way)")
+    chance = {"signature": 1 / 12, "KSEA": 1 / 6, "accuracy": 1 / 24, "mode": 0.5}
+    print_table(title, results, chance)
+    write_json(Path(checkpoint).with_name(f"probe-key-{Path(songs[0]).resolve().name}.json"), title, results, chance)
 
 
 def newest_checkpoint():
@@ -1638,7 +1677,7 @@ def main():
     table.add_argument("--kind", choices=("class", "tags", "regression", "key"), help="what the labels are (default: guessed)")
     table.add_argument("--split", help="column that says train, valid or test (default: random, 60/20/20, five times)")
     table.add_argument("--group", help="column; rows of one group stay on one side of a random split")
-    key = tasks.add_parser("key", parents=[network], help="key signature without labels")
+    key = tasks.add_parser("key", parents=[network], help="keys without labels")
     key.add_argument("songs", nargs="+", help="audio files or folders")
     key.add_argument("--keys", help="CSV with columns file (path below the folder) and key ('F# minor')")
     tasks.add_parser("compare", help="tables side by side").add_argument("tables", nargs="+", help="JSON files that probe.py wrote")

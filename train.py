@@ -4,39 +4,57 @@
     python train.py --tokens cpsd --out out/cpsd              one token alone: the paper's baselines
     python train.py --data ~/Music --out out/mine             your own recordings
     python train.py --data synth ~/Music --steps 3000         both, mixed by the piece
+    python train.py --tokens cpsd,byol                        any set of the pretext tasks of losses.PRETEXT
+    python train.py --preset myna-base                        another paper's model
     python train.py --out out/mine --resume                   go on, bit for bit, from the last checkpoint
 
 A run folder holds checkpoint.pt (weights, optimiser, step, every setting) and log.jsonl (one line per log interval).
 Batches, crops and masks are functions of (seed, step), so the step number is all the state there is beside the weights.
 """
 import argparse
+import csv
 import io
 import json
 import math
 import signal
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import probe
-from data import SEGMENT, InputError, Segments, open_data, run_cli, training_views, write_atomic
-from losses import circle_point, cpsd, nt_xent
+from data import SEGMENT, InputError, Segments, kept_positions, open_data, run_cli, training_views, write_atomic
+from losses import PRETEXT, effective_rank
 from model import MT2, pick_amp, read_checkpoint
 
-# Named sizes and recipes. A flag given by hand wins over its preset.
+# Named models and recipes. A flag given by hand wins over its preset. Frames, AdamW and the schedule are the same for all.
+VIT1D = dict(dim=192, depth=12, heads=3, batch_size=128, steps=511_488, lr=1e-3, patch="1", pool="token")
+MYNA = dict(tokens="ntxent", dim=384, depth=12, heads=6, batch_size=4096, steps=100_341, lr=3e-4, mask=0.9, pool="mean")
 PRESETS = {
     # For a CPU: a third of the layers, two thirds of the width; steps for six minutes on two cores (our choice).
-    "small": dict(dim=128, depth=4, heads=2, batch_size=128, steps=1000, mask=0.75),
+    "small": dict(VIT1D, tokens="cpsd,ntxent", dim=128, depth=4, heads=2, steps=1000, mask=0.75),
     # MT2 (paper: 192 x 12 x 3, MLP 768); batch 128 and 999 epochs of 512 steps from CoJEPA; mask from CoJEPA (50-75 %).
-    "mt2": dict(dim=192, depth=12, heads=3, batch_size=128, steps=511_488, mask=0.5),
+    "mt2": dict(VIT1D, tokens="cpsd,ntxent", mask=0.5),
+    # "Emergent": the same trunk with NT-Xent alone; no masking described.
+    "vit1d": dict(VIT1D, tokens="ntxent", mask=0.0),
+    # STONE's loss, batch, rate and length (50 epochs of 512 steps) on our trunk; its own is a convolutional network.
+    "stone": dict(VIT1D, tokens="cpsd", steps=25_600, mask=0.0),
+    # S-KEY's: 50 epochs of 60,000 songs in batches of 128.
+    "skey": dict(VIT1D, tokens="skey", steps=23_438, mask=0.0),
+    # Myna (paper: 384 x 12 x 6, no class token, 90 % masked, batch 4096, 500 epochs of 822,000 clips, rate 3e-4). Our segments
+    # of 4 s make 56 and 63 patches where its 3 s make 48; its Adam with decay 1e-5 is our AdamW.
+    "myna-base": dict(MYNA, patch="16x16"),
+    "myna-vertical": dict(MYNA, patch="128x2"),
+    "myna-hybrid": dict(MYNA, patch="16x16,128x2"),
 }
 BETAS = (0.9, 0.98)            # STONE, CoJEPA
 WEIGHT_DECAY = (0.04, 0.01)    # first and last value of a cosine, CoJEPA
 FINAL_LR = 1.5e-6              # CoJEPA
-TRANSPOSED_PAIRS = [(0, 2), (1, 2)]  # the views whose crops differ (data.Segments); without 0-1 there is no trap (losses.cpsd)
+TEACHER_MOMENTUM = 0.996       # rises to 1 by a cosine (BYOL)
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, data sheets
 
 
@@ -54,31 +72,88 @@ def schedule(step, steps, warmup, peak_lr):
 
 def make_optimizer(model):
     """AdamW. Matrices decay; biases, norms, class tokens and positions, which have no input to scale, do not."""
-    tables = {id(model.class_tokens), id(model.positions)}
-    decay = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in tables]
-    rest = [p for p in model.parameters() if p.ndim < 2 or id(p) in tables]
+    decays = lambda name, p: p.ndim >= 2 and name not in ("class_tokens", "positions")
+    decay = [p for name, p in model.named_parameters() if decays(name, p)]
+    rest = [p for name, p in model.named_parameters() if not decays(name, p)]
     fused = next(model.parameters()).is_cuda
     return torch.optim.AdamW([dict(params=decay, decays=True), dict(params=rest, decays=False)], betas=BETAS, fused=fused)
 
 
-def training_losses(model, cqt, mel, positions, crops, omegas):
-    """One forward pass of all views and the loss of each token.
+def training_losses(model, teacher, batch):
+    """One forward pass of all views and the loss of each token; with several patch sizes, the mean over them.
 
-    cqt (views, batch, kept, 84), mel (views, batch, kept, 128), positions (views, batch, kept), crops (views, batch).
-    Returns ({token: loss}, mean |z| at the first omega or None).
+    batch: cqt (views, batch, frames, 84), mel (views, batch, frames, 128), positions [(views, batch, kept)] per patch size,
+    shifts (views, batch), keys (batch,), progress (). teacher: the moving average of the model, or None.
+    Returns ({token: loss}, {name: scalar to log}, {token: (batch, dim) of view 0}).
     """
-    views, batch = crops.shape
-    tokens, _ = model(cqt.flatten(0, 1), mel.flatten(0, 1), positions.flatten(0, 1))
-    losses, resultant = {}, None
-    if "cpsd" in tokens:
-        profiles = model.profile(tokens["cpsd"]).view(views, batch, 12)
-        # A crop c bins up is a transposition c semitones down.
-        losses["cpsd"] = sum(cpsd(profiles, -crops, omega, TRANSPOSED_PAIRS) for omega in omegas) / len(omegas)
-        re, im = circle_point(profiles.detach(), omegas[0])
-        resultant = (re ** 2 + im ** 2).sqrt().mean()
-    if "ntxent" in tokens:  # views 0 and 1: two segments at the same pitch
-        losses["ntxent"] = nt_xent(model.embed(tokens["ntxent"][:2 * batch]).view(2, batch, -1))
-    return losses, resultant
+    views, size = batch["shifts"].shape
+    losses, logs = dict.fromkeys(model.tokens, 0.0), {}
+    for patch, positions in enumerate(batch["positions"]):
+        inputs = lambda n: (batch["cqt"][:n].flatten(0, 1), batch["mel"][:n].flatten(0, 1), positions[:n].flatten(0, 1))
+        tokens = model(*inputs(views), patch=patch)[0]
+        tokens = {name: token.view(views, size, -1) for name, token in tokens.items()}         # (views, batch, dim) each
+        if teacher is not None:
+            with torch.no_grad():
+                seen = {name: token.view(2, size, -1) for name, token in teacher(*inputs(2), patch=patch)[0].items()}
+        for name, task in model.heads.items():
+            average = (teacher.heads[name], seen[name]) if task.teacher else None
+            loss, extra = task(tokens[name][:task.views], batch, average)
+            losses[name] = losses[name] + loss / len(batch["positions"])
+            logs |= {f"{name}_{k}" if k in logs else k: v for k, v in extra.items()}
+    return losses, logs, {name: token[0].detach() for name, token in tokens.items()}
+
+
+def make_batch(segments, model, seed, step, views, mask, steps, device):
+    """The inputs of training_losses at a step, on the device: a pure function of (seed, step)."""
+    whole_frames = model.patches == [None]
+    frames, crops, positions, keys = segments.batch(seed, step, views, mask if whole_frames else 0.0)
+    if whole_frames:
+        kept = [positions]
+    else:  # patches are masked one by one, so the frames come whole
+        kept = [torch.from_numpy(kept_positions(np.random.default_rng([seed, step, 1 + patch]), (views, segments.batch_size),
+                                                model.patch_count(SEGMENT, patch), mask)) for patch in range(len(model.patches))]
+    cqt, mel = training_views(frames.to(device), crops.to(device))
+    # A crop c bins up is a transposition c semitones down.
+    return dict(cqt=cqt, mel=mel, positions=[p.to(device) for p in kept], shifts=-crops.to(device), keys=keys.to(device),
+                progress=torch.tensor(step / max(1, steps - 1), device=device))
+
+
+@torch.no_grad()
+def follow(teacher, model, progress):
+    """Move the teacher towards the student: momentum 0.996 at first, 1 at the end of the run."""
+    momentum = 1 - (1 - TEACHER_MOMENTUM) * (1 + math.cos(math.pi * progress)) / 2
+    torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - momentum)
+
+
+def collapse_report(tokens):
+    """{name_rank, name_deviation} of tokens {name: (batch, dim)}, and the names of those that have collapsed.
+
+    Effective rank: how many directions the batch uses. Deviation: the spread of each dimension over the batch, mean over
+    dimensions, where 1 is what the final norm makes of a healthy token. Collapsed: one direction, or no spread.
+    """
+    report, collapsed = {}, []
+    for name, token in tokens.items():
+        rank, deviation = effective_rank(token), token.float().std(dim=0).mean().item()
+        report |= {f"{name}_rank": rank, f"{name}_deviation": deviation}
+        if rank < 1.5 or deviation < 0.05:
+            collapsed.append(name)
+    return report, collapsed
+
+
+def read_keys(path, stores):
+    """Labels of a CSV with columns file,key: {path in a store: 0..23}. A file is named as in the store, or below its folder."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            wanted = {row["file"]: probe.parse_key(row["key"]) for row in csv.DictReader(file)}
+    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+        raise InputError(f"{path}: is not a readable CSV with the columns file,key") from None
+    paths = [p for store in stores for p in store.paths]
+    keys = {p: wanted.get(p, wanted.get(str(Path(*Path(p).parts[1:])))) for p in paths}
+    keys = {p: key for p, key in keys.items() if key is not None}
+    print(f"{path}: {len(keys)} of {len(paths)} tracks have a key")
+    if not keys:
+        raise InputError(f"{path}: none of its files is in the data; name them as in index.jsonl of the store")
+    return keys
 
 
 def pick_device(name):
@@ -91,34 +166,39 @@ def pick_device(name):
         raise InputError(f"--device {name}: is not available here; leave it out, or use --device cpu") from None
 
 
-def step_flops(model, batch, kept, views):
+def step_flops(model, batch, mask, views):
     """Floating-point operations of one training step by formula: 6 per weight and token, and attention's products."""
-    tokens = kept + len(model.tokens)
-    dim, depth = model.config["dim"], model.config["depth"]
-    per_token = 6 * 12 * depth * dim ** 2 + 12 * depth * dim * tokens
-    return views * batch * tokens * per_token
+    dim, depth, flops = model.config["dim"], model.config["depth"], 0
+    for patch in range(len(model.patches)):
+        tokens = max(1, round(model.patch_count(SEGMENT, patch) * (1 - mask))) + model.class_token_count
+        flops += views * batch * tokens * (6 * 12 * depth * dim ** 2 + 12 * depth * dim * tokens)
+    return flops
 
 
-def save_checkpoint(path, model, optimizer, step, settings):
+def save_checkpoint(path, model, teacher, optimizer, step, settings):
     """Everything that `--resume` and `model.load_checkpoint` need: tensors and plain types only, written atomically."""
     buffer = io.BytesIO()
-    torch.save(dict(config=model.config, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, settings=settings), buffer)
+    state = dict(config=model.config, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, settings=settings)
+    torch.save(state | ({"teacher": teacher.state_dict()} if teacher is not None else {}), buffer)
     write_atomic(path, buffer.getbuffer())
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("what to learn, from what")
-    group.add_argument("--tokens", default="cpsd,ntxent", help="pretext tasks, one class token each: any of cpsd, ntxent")
+    group.add_argument("--tokens", help=f"pretext tasks, one class token each: any of {', '.join(PRETEXT)}")
     group.add_argument("--data", nargs="+", default=["synth"], help="folders of music or frame stores; synth: the embedded songs")
+    group.add_argument("--labels-csv", help="CSV with columns file,key: labels that the token tone learns from")
     group.add_argument("--out", default="out/mt2", help="run folder")
     group = parser.add_argument_group("size and length (defaults from the preset)")
     group.add_argument("--preset", choices=PRESETS, help="mt2 on a GPU, small elsewhere")
     group.add_argument("--steps", type=int, help="length of the schedule")
     group.add_argument("--batch-size", type=int, help="pieces of music per step; NT-Xent's negatives come from it")
-    group.add_argument("--mask", type=float, help="share of frames dropped before the trunk, 0..1")
+    group.add_argument("--mask", type=float, help="share of frames or patches dropped before the trunk, 0..1")
+    group.add_argument("--patch", help="1: a token is a frame; 16x16, 128x2 or both: a patch of the mel, bands x frames (Myna)")
+    group.add_argument("--pool", choices=("token", "mean"), help="class tokens, or the mean of the sequence (Myna)")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (STONE)")
+    group.add_argument("--lr", type=float, help="peak learning rate")
     group.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises (our choice)")
     group.add_argument("--clip", type=float, default=3.0, help="largest norm of the whole gradient (STONE: 3.0 per tensor)")
     group.add_argument("--omega", default="7,1", help="circles on which CPSD is measured and averaged: 7 fifths, 1 semitones")
@@ -135,7 +215,8 @@ def parse_args(argv=None):
 
 
 # What a checkpoint fixes: --resume takes these from it.
-SETTINGS = ("tokens", "data", "preset", "steps", "batch_size", "mask", "lr", "warmup", "clip", "omega", "seed")
+SETTINGS = ("tokens", "data", "preset", "steps", "batch_size", "mask", "patch", "pool", "lr", "warmup", "clip", "omega", "seed",
+            "labels_csv")
 
 
 def settle(args, device):
@@ -155,7 +236,7 @@ def settle(args, device):
     elif path.exists():
         raise InputError(f"{path}: exists; go on with --resume, or choose another --out")
     args.preset = args.preset or ("mt2" if device.type == "cuda" else "small")
-    for name in ("steps", "batch_size", "mask"):
+    for name in ("tokens", "steps", "batch_size", "mask", "patch", "pool", "lr"):
         if getattr(args, name) is None:
             setattr(args, name, PRESETS[args.preset][name])
     if args.steps < 1 or args.batch_size < 1 or not 0 <= args.mask < 1:
@@ -175,26 +256,34 @@ def main():
     torch.set_float32_matmul_precision("high")
     preset = PRESETS[args.preset]
     try:
-        model = MT2(tokens, preset["dim"], preset["depth"], preset["heads"]).to(device)
+        model = MT2(tokens, preset["dim"], preset["depth"], preset["heads"], patch=args.patch, pool=args.pool).to(device)
     except ValueError as error:
-        raise InputError(f"--tokens: {error}") from None
+        raise InputError(f"--tokens, --patch or --pool: {error}") from None
+    for name in {"cpsd", "skey", "tone"} & set(tokens):
+        model.heads[name].omegas = tuple(int(o) for o in args.omega.split(","))
+    if args.labels_csv and "tone" not in tokens:
+        raise InputError(f"--labels-csv: only the token tone learns from labels; --tokens is {args.tokens}")
     amp, reason = pick_amp(device)
     compiled = device.type == "cuda" if args.compile is None else args.compile
     print(f"device {device}, preset {args.preset}; {reason}; torch.compile {'on' if compiled else 'off'}")
+    print(f"{', '.join(f'{k} {v}' for k, v in model.config.items() if k != 'tokens')}, lr {args.lr:g}")
     print(f"tokens {args.tokens}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 
     stores = open_data(args.data)
-    segments = Segments(stores, args.batch_size)
+    segments = Segments(stores, args.batch_size, read_keys(args.labels_csv, stores) if args.labels_csv else None)
     print(f"data {' '.join(args.data)}: {segments.summary}; {args.steps} steps of {args.batch_size}, mask {args.mask}")
     optimizer, start = make_optimizer(model), 0
+    # Teachers share one moving average of the network, heads included.
+    teacher = deepcopy(model).requires_grad_(False) if any(task.teacher for task in model.heads.values()) else None
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
+        if teacher is not None:
+            teacher.load_state_dict(checkpoint["teacher"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
-    omegas = [int(o) for o in args.omega.split(",")]
-    views = 3 if "cpsd" in tokens else 2
+    views = max(task.views for task in model.heads.values())
     losses_of = torch.compile(training_losses) if compiled else training_losses
-    flops = step_flops(model, args.batch_size, max(1, round(SEGMENT * (1 - args.mask))), views)
+    flops = step_flops(model, args.batch_size, args.mask, views)
     peak = next((p for name, p in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
 
     out = Path(args.out)
@@ -203,7 +292,7 @@ def main():
     settings = {name: getattr(args, name) for name in SETTINGS}
     trim_log(out / "log.jsonl", start)
     model.train()
-    clock, logged, interrupted = time.perf_counter(), start, []
+    clock, logged, interrupted, warned = time.perf_counter(), start, [], set()
     # Ctrl-C lets the running step end: half a step would be neither before nor after it.
     handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     bar = tqdm(initial=start, total=args.steps, desc="training", unit="step", smoothing=0.05)
@@ -213,10 +302,9 @@ def main():
                 lr, decay = schedule(step, args.steps, args.warmup, args.lr)
                 for group in optimizer.param_groups:
                     group["lr"], group["weight_decay"] = lr, decay * group["decays"]
-                frames, crops, positions = (x.to(device) for x in segments.batch(args.seed, step, views, args.mask))
-                cqt, mel = training_views(frames, crops)
+                batch = make_batch(segments, model, args.seed, step, views, args.mask, args.steps, device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                    losses, resultant = losses_of(model, cqt, mel, positions, crops, omegas)
+                    losses, logs, seen = losses_of(model, teacher, batch)
                 optimizer.zero_grad(set_to_none=True)
                 total = sum(losses.values())                               # weights 1 : 1 (our choice; MT2 unknown)
                 total.backward()
@@ -229,21 +317,26 @@ def main():
                     raise InputError(f"loss or gradient is not finite at step {step}; the last good checkpoint is {path}; "
                                      "start anew with a lower --lr in another --out")
                 optimizer.step()
+                if teacher is not None:
+                    follow(teacher, model, step / max(1, args.steps - 1))
                 bar.update()
                 if log_now:
                     rate = (step + 1 - logged) / (time.perf_counter() - clock)
                     clock, logged = time.perf_counter(), step + 1
                     line = dict(step=step + 1, **{name: loss.item() for name, loss in losses.items()}, grad_norm=norm.item(), lr=lr,
                                 clips_per_s=views * args.batch_size * rate)
-                    if resultant is not None:
-                        line["mean_abs_z"] = resultant.item()
+                    report, collapsed = collapse_report(seen)
+                    line |= {k: v.item() for k, v in logs.items()} | report
+                    for name in set(collapsed) - warned:
+                        bar.write(f"warning: the {name} token says the same of every track at step {step + 1}; it has collapsed")
+                        warned.add(name)
                     if peak:
                         line["mfu"] = flops * rate / peak
                     log.write(json.dumps({k: float(f"{v:.6g}") for k, v in line.items()}) + "\n")
                     log.flush()
-                    bar.set_postfix_str("  ".join(f"{k} {v:.3g}" for k, v in line.items() if k not in ("step", "lr")), refresh=False)
+                    bar.set_postfix_str("  ".join(f"{k} {v:.3g}" for k, v in line.items() if k in (*tokens, "grad_norm", "mean_abs_z", "clips_per_s", "mfu")), refresh=False)
                 if save_now:
-                    save_checkpoint(path, model, optimizer, step + 1, settings)
+                    save_checkpoint(path, model, teacher, optimizer, step + 1, settings)
                 if leaving:
                     bar.close()
                     print(f"stopped; {path} holds step {step + 1}, go on with --resume", file=sys.stderr)

@@ -3,11 +3,13 @@ import json
 import os
 import signal
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
 
 import data
+import losses
 import model
 import train
 
@@ -123,8 +125,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(store, tmp_path, mon
     out = tmp_path / "run"
     run(monkeypatch, "--data", store, "--batch-size", 4, "--steps", 6, "--out", out, "--stop-at", 2)
     before = (out / "checkpoint.pt").read_bytes()
-    real = train.nt_xent
-    monkeypatch.setattr(train, "nt_xent", lambda z: real(z) * float("nan"))
+    real = losses.nt_xent
+    monkeypatch.setattr(losses, "nt_xent", lambda z: real(z) * float("nan"))
     assert "not finite" in refused(monkeypatch, capsys, "--out", out, "--resume", "--log-every", 1)
     assert (out / "checkpoint.pt").read_bytes() == before
 
@@ -164,13 +166,13 @@ def test_bad_input_is_one_line(store, tmp_path, monkeypatch, capsys):
 def test_compile_is_steady(store, tmp_path, monkeypatch):
     """The step is one graph without breaks, and after the first one torch.compile has nothing left to compile."""
     counters = torch._dynamo.utils.counters
-    network = model.MT2(dim=24, depth=1, heads=2)
+    network = model.MT2(list(losses.PRETEXT), dim=24, depth=1, heads=2)
+    teacher = deepcopy(network).requires_grad_(False)
     segments = data.Segments([data.FrameStore(store)], 4)
     compiled = torch.compile(train.training_losses, backend="eager", fullgraph=True)
 
     def step(number):
-        frames, crops, positions = segments.batch(0, number, 3, 0.75)
-        compiled(network, *data.training_views(frames, crops), positions, crops, [7])
+        compiled(network, teacher, train.make_batch(segments, network, 0, number, 3, 0.75, 10, "cpu"))
 
     step(0)
     graphs = counters["stats"]["unique_graphs"]

@@ -85,12 +85,12 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(segments):
 
 
 def test_shapes_and_types(segments):
-    frames, crops, positions = segments[0].batch(0, 0, mask=0.75)
+    frames, crops, positions, _ = segments[0].batch(0, 0, mask=0.75)
     kept = round(SEGMENT * 0.25)
     assert frames.shape == (3, 32, kept, 224) and frames.dtype == torch.uint8
     assert crops.shape == (3, 32) and positions.shape == (3, 32, kept)
     assert crops.dtype == positions.dtype == torch.int64
-    frames, crops, positions = segments[0].batch(0, 0, views=2)
+    frames, crops, positions, _ = segments[0].batch(0, 0, views=2)
     assert frames.shape == (2, 32, SEGMENT, 224) and crops.shape == (2, 32) and positions.shape == (2, 32, SEGMENT)
 
 
@@ -118,7 +118,7 @@ def located(segments, steps, mask=0.5):
     """Track and first frame of every segment, both (3, items), after checking that all frames of one belong together."""
     tracks, starts = [], []
     for step in range(steps):
-        frames, _, positions = segments.batch(3, step, mask=mask)
+        frames, _, positions, _ = segments.batch(3, step, mask=mask)
         _, track, frame = decode(frames)
         start = frame - positions
         assert (track == track[..., :1]).all() and (start == start[..., :1]).all()
@@ -164,7 +164,7 @@ def test_several_stores_are_not_mixed_up(tmp_path):
     stores = [make_store(tmp_path / str(n), sizes, n) for n, sizes in enumerate(lengths)]
     segments, seen = Segments(stores, batch_size=5), set()
     for step in range(60):
-        frames, _, positions = segments.batch(0, step, mask=0.9)
+        frames, _, positions, _ = segments.batch(0, step, mask=0.9)
         store, track, frame = decode(frames)
         start = frame - positions
         for x in (store, track):

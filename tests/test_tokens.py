@@ -1,0 +1,306 @@
+"""Every pretext task: closed cases of its loss, what its class adds, and two steps of training in any company."""
+import json
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import losses
+import model
+import train
+from test_train import run, same, store  # noqa: F401  (store is a fixture)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------- losses: closed cases and slow references
+
+
+def test_byol_crosses_the_views():
+    a, b = noise(5, 7), noise(5, 7, seed=1)
+    assert losses.byol(torch.stack([a, b]), torch.stack([b, a]) * 3).item() == pytest.approx(0, abs=1e-5)
+    assert losses.byol(torch.stack([a, b]), -torch.stack([b, a])).item() == pytest.approx(8, abs=1e-5)
+    x, y = torch.zeros(2, 4, 6), torch.zeros(2, 4, 6)
+    x[..., 0], y[..., 1] = 1, 2
+    assert losses.byol(x, y).item() == pytest.approx(4)
+    slow = sum((2 - 2 * F.cosine_similarity(p, t, dim=0)) / 5 for p, t in [*zip(a, b), *zip(b, a)])
+    assert losses.byol(torch.stack([a, b]), torch.stack([a, b])).item() == pytest.approx(slow.item(), rel=1e-5)
+
+
+def test_no_gradient_reaches_a_teacher_or_the_centre():
+    student, teacher, centre = (noise(2, 3, 8, seed=s).requires_grad_() for s in range(3))
+    losses.byol(student, teacher).backward()
+    losses.cluster(student, teacher, centre[0, 0], 0.04).backward()
+    assert teacher.grad is None and centre.grad is None and student.grad.abs().max() > 0
+
+
+def test_cluster_equals_a_slow_loop():
+    student, teacher, centre = noise(2, 3, 8), noise(2, 3, 8, seed=1), noise(8, seed=2)
+    slow = 0.0
+    for view, other in ((0, 1), (1, 0)):
+        for i in range(3):
+            wanted = ((teacher[other, i] - centre) / 0.04).softmax(0)
+            slow -= (wanted * (student[view, i] / 0.1).log_softmax(0)).sum() / 6
+    assert losses.cluster(student, teacher, centre, 0.04).item() == pytest.approx(slow.item(), rel=1e-5)
+    zero = torch.zeros(2, 3, 8)
+    assert losses.cluster(zero, zero, torch.zeros(8), 0.04).item() == pytest.approx(torch.tensor(8.0).log().item())
+
+
+def test_barlow_closed_cases_and_slow_loop():
+    orthogonal = torch.linalg.qr(noise(16, 5) - noise(16, 5).mean(0))[0]
+    orthogonal = torch.linalg.qr(torch.cat([torch.ones(16, 1), orthogonal], dim=1))[0][:, 1:]  # centred, decorrelated
+    assert losses.barlow(orthogonal, 3 * orthogonal).item() == pytest.approx(0, abs=1e-3)
+    assert losses.barlow(orthogonal, -orthogonal).item() == pytest.approx(4 * 5, rel=1e-3)
+    constant = torch.ones(16, 5)
+    assert losses.barlow(constant, constant).item() == pytest.approx(5)
+    a, b = noise(9, 4), noise(9, 4, seed=1)
+    slow = 0.0
+    for i in range(4):
+        for j in range(4):
+            x, y = a[:, i] - a[:, i].mean(), b[:, j] - b[:, j].mean()
+            c = (x * y).mean() / ((x ** 2).mean() * (y ** 2).mean()).sqrt()
+            slow += (1 - c) ** 2 if i == j else 0.005 * c ** 2
+    assert losses.barlow(a, b).item() == pytest.approx(slow.item(), rel=1e-3)
+
+
+def test_vicreg_closed_cases_and_slow_loop():
+    constant = torch.full((6, 3), 2.0)
+    assert losses.vicreg(constant, constant).item() == pytest.approx(25 * 0.99, rel=1e-5)
+    assert losses.vicreg(constant, constant + 2).item() == pytest.approx(25 * 4 + 25 * 0.99, rel=1e-5)
+    wide = 50 * torch.linalg.qr(torch.cat([torch.ones(16, 1), noise(16, 3)], dim=1))[0][:, 1:]   # centred, orthogonal, spread
+    assert losses.vicreg(wide, wide).item() == pytest.approx(0, abs=1e-2)
+    a, b = noise(9, 4), noise(9, 4, seed=1)
+    slow = 25 * ((a - b) ** 2).mean()
+    for x in (a, b):
+        c = torch.cov(x.T)
+        slow += 25 * F.relu(1 - (torch.diagonal(c) + 1e-4).sqrt()).mean() / 2
+        slow += sum(c[i, j] ** 2 for i in range(4) for j in range(4) if i != j) / 4
+    assert losses.vicreg(a, b).item() == pytest.approx(slow.item(), rel=1e-4)
+
+
+def test_effective_rank_counts_directions():
+    basis = torch.linalg.qr(torch.cat([torch.ones(20, 1), noise(20, 6)], dim=1))[0][:, 1:]
+    assert losses.effective_rank(basis) == pytest.approx(6, rel=1e-3)
+    assert losses.effective_rank(basis[:, :1] @ noise(1, 6)) == pytest.approx(1, rel=1e-2)
+    assert losses.effective_rank(torch.full((20, 6), 3.3)) == 0
+
+
+# ---------------------------------------------------------------- key with modes
+
+
+def tonal_batch(tonic, minor=False, shifts=(0, 0, -3)):
+    """A batch whose CQT crops, one track an entry of `tonic`, hold the scale of a key with a loud tonic triad."""
+    scale, triad = ((0, 2, 3, 5, 7, 8, 10), (0, 3, 7)) if minor else ((0, 2, 4, 5, 7, 9, 11), (0, 4, 7))
+    cqt = torch.zeros(3, len(tonic), 5, data.CROP_BINS)
+    for view, shift in enumerate(shifts):
+        for i, t in enumerate(tonic):
+            for octave in range(7):
+                for degree, level in [*((d, 0.5) for d in scale), *((d, 0.8) for d in triad), (0, 1.0)]:
+                    cqt[view, i, :, 12 * octave + (t + degree + shift) % 12] = level
+    return dict(cqt=cqt, shifts=torch.tensor(shifts)[:, None].expand(3, len(tonic)), keys=torch.full((len(tonic),), -1))
+
+
+def answers(signature, shifts, rotation, share=0.5):
+    """Outputs (3, batch, 24) that name the signature exactly, up to a rotation, with this share for major."""
+    place = (torch.tensor(signature)[None] + torch.tensor(shifts)[:, None] + rotation) % 12
+    one_hot = F.one_hot(place, 12).float()
+    return torch.cat([share * one_hot, (1 - share) * one_hot], dim=-1)
+
+
+@pytest.mark.parametrize("rotation", [0, 5])
+@pytest.mark.parametrize("minor", [False, True])
+def test_skey_hears_major_from_minor_whatever_the_rotation(rotation, minor):
+    tonic = [0, 1, 4, 7, 10]
+    batch = tonal_batch(tonic, minor)
+    signature = [(t + 3) % 12 if minor else t for t in tonic]
+    task = losses.SKey(8)
+    profile = answers(signature, (0, 0, -3), rotation).unflatten(-1, (2, 12)).sum(-2)
+    for _ in range(3):
+        guess = task.guess(profile, batch)
+    assert task.alignment.argmax() == rotation and guess.tolist() == [float(not minor)] * 5
+
+
+def test_skey_terms_have_their_closed_values(monkeypatch):
+    task, batch = losses.SKey(8), tonal_batch([0, 1, 4])
+    for share, balance in ((0.5, 0.0), (1.0, 0.25), (0.0, 0.25)):
+        monkeypatch.setattr(task, "keys", lambda token: answers([0, 1, 4], (0, 0, -3), 0, share))
+        loss, logs = task(None, batch)
+        assert logs["cpsd_term"].item() == pytest.approx(0, abs=1e-5) and logs["balance_term"].item() == pytest.approx(balance, abs=1e-4)
+        if share == 0.5:
+            assert logs["mode_term"].item() == pytest.approx(3 * 0.6931, rel=1e-3)
+        assert loss.item() == pytest.approx((logs["cpsd_term"] + (1.5 * logs["mode_term"] + 20 * logs["balance_term"]) / 3).item())
+
+
+def test_no_gradient_through_the_pseudo_label():
+    task, batch = losses.SKey(8), tonal_batch([0, 4])
+    token = noise(3, 2, 8).requires_grad_()
+    assert not task.guess(task.profile(token), batch).requires_grad
+
+
+def test_tone_learns_the_label_as_each_view_hears_it(monkeypatch):
+    task, batch = losses.Tone(8), tonal_batch([0, 1, 4])
+    batch["keys"] = torch.tensor([0, -1, 4])                                # C major, unknown, E major
+    monkeypatch.setattr(task, "keys", lambda token: answers([0, 1, 4], (0, 0, -3), 0, 1 - 1e-6))
+    right = task(None, batch)[1]
+    assert right["label_term"].item() == pytest.approx(0, abs=1e-4) and right["labelled_share"].item() == pytest.approx(2 / 3)
+    batch["keys"] = torch.tensor([9 + 12, -1, 1 + 12])                      # the relative minors: same profile, other half
+    assert task(None, batch)[1]["label_term"].item() > 5
+    batch["keys"] = torch.tensor([0, -1, 5])                                # a semitone off
+    assert task(None, batch)[1]["label_term"].item() > 5
+    batch["keys"] = torch.full((3,), -1)
+    assert task(None, batch)[1]["label_term"].item() == 0
+
+
+# ---------------------------------------------------------------- training with any of them
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(train.PRESETS, "small", dict(train.PRESETS["small"], dim=24, depth=1))
+
+
+@pytest.mark.parametrize("tokens", [*losses.PRETEXT, *(f"cpsd,{name}" for name in losses.PRETEXT if name != "cpsd")])
+def test_every_token_alone_and_beside_cpsd_resumes_bit_for_bit(tokens, store, tmp_path, tiny, monkeypatch):  # noqa: F811
+    common = ("--tokens", tokens, "--data", store, "--batch-size", 4, "--steps", 2, "--log-every", 1)
+    run(monkeypatch, *common, "--out", tmp_path / "a")
+    run(monkeypatch, *common, "--out", tmp_path / "b", "--stop-at", 1)
+    run(monkeypatch, "--out", tmp_path / "b", "--resume", "--log-every", 1)
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in "ab")
+    assert same(a, b) and ("teacher" in a) == bool({"byol", "cluster"} & set(tokens.split(",")))
+    for name, value in a.get("teacher", {}).items():
+        assert torch.equal(value, b["teacher"][name])
+    last = json.loads(open(tmp_path / "a" / "log.jsonl").readlines()[-1])
+    assert {*tokens.split(","), *(f"{t}_rank" for t in tokens.split(",")), *(f"{t}_deviation" for t in tokens.split(","))} <= set(last)
+    assert model.load_checkpoint(tmp_path / "a" / "checkpoint.pt").tokens == tuple(tokens.split(","))
+
+
+def test_teacher_follows_slowly_and_stops_at_the_end():
+    student = model.MT2(("byol",), dim=24, depth=1, heads=2)
+    teacher = model.MT2(("byol",), dim=24, depth=1, heads=2)
+    before, goal = teacher.positions.detach().clone(), student.positions.detach()
+    train.follow(teacher, student, 0.0)
+    torch.testing.assert_close(teacher.positions.detach(), before + 0.004 * (goal - before))
+    now = teacher.positions.detach().clone()
+    train.follow(teacher, student, 1.0)
+    assert torch.equal(now, teacher.positions)
+
+
+def test_labels_from_a_csv(store, tmp_path, tiny, monkeypatch, capsys):  # noqa: F811
+    paths = data.FrameStore(store).paths
+    for share in (1, len(paths)):
+        out = tmp_path / f"run{share}"
+        rows = "\n".join(f"{p},{key}" for p, key in zip(paths[:share], ["A minor", "C major"] * 9))
+        (tmp_path / "keys.csv").write_text(f"file,key\n{rows}\nlost.wav,X\n", encoding="utf-8")
+        run(monkeypatch, "--tokens", "tone", "--labels-csv", tmp_path / "keys.csv", "--data", store, "--batch-size", len(paths), "--steps", 2,
+            "--log-every", 1, "--out", out)
+        line = json.loads(open(out / "log.jsonl").readline())
+        assert line["labelled_share"] == pytest.approx(share / len(paths), rel=1e-4) and line["label_term"] > 0
+    with pytest.raises(data.InputError, match="only the token tone"):
+        run(monkeypatch, "--tokens", "cpsd", "--labels-csv", tmp_path / "keys.csv", "--data", store, "--out", tmp_path / "c")
+    (tmp_path / "keys.csv").write_text("file,key\nelsewhere.wav,C major\n")
+    with pytest.raises(data.InputError, match="none of its files"):
+        run(monkeypatch, "--tokens", "tone", "--labels-csv", tmp_path / "keys.csv", "--data", store, "--batch-size", 4, "--out", tmp_path / "d")
+
+
+def test_a_collapse_is_flagged(store, tmp_path, tiny, monkeypatch, capsys):  # noqa: F811
+    """Without positions, blocks or input a token says the same of everything: the log shows it, and a line warns once."""
+    healthy = dict(a=noise(16, 24), b=noise(16, 24, seed=1))
+    report, collapsed = train.collapse_report(healthy | dict(flat=torch.ones(16, 24), line=noise(16, 1) @ noise(1, 24)))
+    assert collapsed == ["flat", "line"] and report["a_rank"] > 10 and report["flat_deviation"] == 0
+    birth = model.MT2.forward
+    monkeypatch.setattr(model.MT2, "forward", lambda self, *a, **k: ({n: t * 0 + 1 for n, t in birth(self, *a, **k)[0].items()}, {}))
+    run(monkeypatch, "--tokens", "ntxent", "--data", store, "--batch-size", 4, "--steps", 2, "--log-every", 1, "--out", tmp_path / "run")
+    assert "".join(capsys.readouterr()).count("the ntxent token says the same of every track") == 1
+
+
+def test_a_pretext_task_of_your_own(store, tmp_path, tiny, monkeypatch):  # noqa: F811
+    """The exercise of README: one class and one line, and --tokens knows it."""
+
+    class Loudness(losses.Pretext):
+        """Tell which of the two excerpts is louder."""
+
+        def __init__(self, dim):
+            super().__init__()
+            self.head = nn.Linear(dim, 1)
+
+        def forward(self, token, batch, teacher=None):
+            a, b = self.head(token)[..., 0].float()                         # (batch,) each
+            louder = batch["mel"][0].mean(dim=(1, 2)) > batch["mel"][1].mean(dim=(1, 2))
+            return F.binary_cross_entropy_with_logits(a - b, louder.float()), {}
+
+    monkeypatch.setitem(losses.PRETEXT, "loudness", Loudness)
+
+    run(monkeypatch, "--tokens", "cpsd,loudness", "--data", store, "--batch-size", 4, "--steps", 2, "--log-every", 1, "--out", tmp_path / "run")
+    assert 0.1 < json.loads(open(tmp_path / "run" / "log.jsonl").readline())["loudness"] < 5
+
+
+# ---------------------------------------------------------------- patches, pooling, presets
+
+
+@pytest.mark.parametrize("patch, tokens", [("16x16", [56]), ("128x2", [63]), ("16x16,128x2", [56, 63])])
+def test_patches_train_masked_and_pooled(patch, tokens, store, tmp_path, tiny, monkeypatch):  # noqa: F811
+    seen = []
+    birth = model.Block.forward
+    monkeypatch.setattr(model.Block, "forward", lambda self, x: seen.append(x.shape[1]) or birth(self, x))
+    run(monkeypatch, "--tokens", "ntxent", "--patch", patch, "--pool", "mean", "--mask", 0.9, "--data", store, "--batch-size", 4, "--steps", 1,
+        "--out", tmp_path / "run")
+    assert seen == [round(0.1 * n) for n in tokens]
+    network = model.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert [network.patch_count(data.SEGMENT, i) for i in range(len(tokens))] == tokens and network.class_token_count == 0
+
+
+def test_a_patch_is_where_its_position_says():
+    """Kept patches give what the whole picture gives there: the layout, the gather and the places agree."""
+    network = model.MT2(("ntxent",), dim=24, depth=0, heads=2, patch="16x16", pool="mean").eval()
+    cqt, mel = torch.zeros(2, 126, data.CROP_BINS), noise(2, 126, data.N_MELS).sigmoid()
+    every = network(cqt, mel, layers=(0,))[1][0]                            # (2, 56, dim) after the norm of depth 0
+    kept = torch.tensor([[3, 20, 55], [0, 9, 41]])
+    some = network(cqt, mel, kept, layers=(0,))[1][0]
+    torch.testing.assert_close(some, every.gather(1, kept[..., None].expand(-1, -1, 24)))
+    changed = mel.clone()
+    changed[:, 16:32, 32:48] = 0                                            # second column, third row of patches
+    different = (network(cqt, changed, layers=(0,))[1][0] - every).abs().amax(dim=(0, 2)) > 1e-6
+    assert different.nonzero().flatten().tolist() == [1 * 8 + 2]
+
+
+def test_mean_pooling_is_the_mean_and_short_input_is_filled():
+    network = model.MT2(("ntxent",), dim=24, depth=2, heads=2, patch="128x2", pool="mean").eval()
+    cqt, mel = torch.zeros(3, 9, data.CROP_BINS), noise(3, 9, data.N_MELS).sigmoid()
+    tokens, layers = network(cqt, mel, layers=(2,))
+    assert layers[2].shape == (3, 4, 24)
+    torch.testing.assert_close(tokens["ntxent"], layers[2].mean(dim=1))
+    assert network(cqt[:, :1], mel[:, :1], layers=(2,))[1][2].shape == (3, 1, 24)
+
+
+def test_what_does_not_fit_is_refused():
+    for options, word in ((dict(patch="7x2"), "patch"), (dict(patch="16x16,16x16"), "patch"), (dict(patch="x"), "patch"), (dict(pool="max"), "pool"),
+                          (dict(tokens=("cpsd",), patch="16x16"), "CQT"), (dict(tokens=("chroma",)), "chroma")):
+        with pytest.raises(ValueError, match=word):
+            model.MT2(**({"tokens": ("ntxent",), "dim": 24, "depth": 1, "heads": 2} | options))
+
+
+@pytest.mark.parametrize("preset, millions", [("mt2", 5.4), ("vit1d", 5.4), ("stone", 5.4), ("skey", 5.4), ("myna-base", 21.5), ("myna-vertical", 21.5),
+                                              ("myna-hybrid", 21.6), ("small", 0.85)])
+def test_presets_have_the_size_of_their_papers(preset, millions):
+    """Without the projector, which only training needs: 5.4 M (MT2), 22 M (Myna)."""
+    p = train.PRESETS[preset]
+    tokens = p["tokens"].split(",")
+    network = model.MT2(tokens, p["dim"], p["depth"], p["heads"], patch=p["patch"], pool=p["pool"])
+    total = sum(x.numel() for x in network.parameters())
+    assert total == model.parameter_count(tokens, p["dim"], p["depth"], patch=p["patch"], pool=p["pool"])
+    projectors = sum(x.numel() for name, head in network.heads.items() if head.branch == "mel" for x in head.parameters())
+    assert (total - projectors) / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+def test_presets_reach_the_checkpoint(store, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(train.PRESETS, "skey", dict(train.PRESETS["skey"], dim=24, depth=1))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "skey", "--device", "cpu", "--no-probe", "--data", str(store), "--batch-size", "4",
+                                      "--steps", "1", "--out", str(tmp_path / "run")])
+    train.main()
+    settings = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["settings"]
+    assert settings["preset"] == "skey" and settings["tokens"] == "skey" and settings["lr"] == 1e-3 and settings["mask"] == 0.0 and settings["patch"] == "1"
