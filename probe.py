@@ -59,7 +59,6 @@ from tqdm import tqdm
 from data import (AUDIO_SUFFIXES, DYNAMIC_RANGE, FMIN, HOP, MAX_CROP, N_BINS, PITCH_CROP, SAMPLE_RATE, SEGMENT, SYNTH_SPLITS,
                   TIMBRES, FrontEnd, InputError, audio_to_frames, compose, crop_views, find_audio, prepare_files,
                   prepare_folders, prepare_synth, read_audio, render_note, run_cli)
-from losses import KRUMHANSL
 from model import MT2, load_checkpoint, pick_amp
 
 SEEDS = 5
@@ -1309,9 +1308,11 @@ def turn(keys, steps):
 
 @torch.inference_mode()
 def key_outputs(model, tracks, device, crops=EVERY_CROP, progress=None):
-    """Mean key probabilities of each track's windows, (tracks, 12 signatures or 24 keys), not calibrated.
+    """Key probabilities of each track, (tracks, 12 signatures or 24 keys), not calibrated.
 
     Every window is heard at each of `crops` and the answers are turned back to one pitch: thirteen opinions, one answer.
+    Opinions of all windows are multiplied (their geometric mean): a window that rules a key out, because it holds a note
+    that the key lacks, says more than one that merely likes it.
     """
     name = model.key_token()
     spans = [cut_windows(len(t)) for t in tracks]
@@ -1321,8 +1322,8 @@ def key_outputs(model, tracks, device, crops=EVERY_CROP, progress=None):
         for crop in crops:
             with autocast(device):
                 keys = model.heads[name].keys(model(*views_of(windows, device, crop))[0][name])
-            answers[indices] += turn(keys.cpu(), crop - PITCH_CROP) / len(crops)
-    return track_mean(answers, owner, len(tracks))
+            answers[indices] += turn(keys.cpu(), crop - PITCH_CROP).clamp(min=1e-4).log() / len(crops)
+    return track_mean(answers, owner, len(tracks)).softmax(dim=1)
 
 
 def calibrate(model, device):
@@ -1337,6 +1338,11 @@ def key_probabilities(model, tracks, device, progress=None):
     """
     keys = turn(key_outputs(model, tracks, device, progress=progress), -calibrate(model, device))
     return torch.cat([keys[:, :12], keys[:, 12:].roll(9, dims=1)], dim=1)  # output 12 + q is the relative minor of q
+
+
+# How well each pitch class fits C major and C minor, as listeners rated it (Krumhansl and Kessler 1982).
+KRUMHANSL = {"major": (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
+             "minor": (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)}
 
 
 def template_keys(tracks):

@@ -94,14 +94,15 @@ def test_effective_rank_counts_directions():
 
 
 def tonal_batch(tonic, minor=False, shifts=(0, 0, -3)):
-    """A batch whose CQT crops, one track an entry of `tonic`, hold the scale of a key with a loud tonic triad."""
+    """A batch whose CQT crops, one track an entry of `tonic`, play the scale of a key note by note, its tonic triad louder."""
     scale, triad = ((0, 2, 3, 5, 7, 8, 10), (0, 3, 7)) if minor else ((0, 2, 4, 5, 7, 9, 11), (0, 4, 7))
-    cqt = torch.zeros(3, len(tonic), 5, data.CROP_BINS)
+    notes = [*((d, 0.5) for d in scale), *((d, 0.8) for d in triad), (0, 1.0)]
+    cqt = torch.zeros(3, len(tonic), len(notes), data.CROP_BINS)
     for view, shift in enumerate(shifts):
         for i, t in enumerate(tonic):
             for octave in range(7):
-                for degree, level in [*((d, 0.5) for d in scale), *((d, 0.8) for d in triad), (0, 1.0)]:
-                    cqt[view, i, :, 12 * octave + (t + degree + shift) % 12] = level
+                for frame, (degree, level) in enumerate(notes):
+                    cqt[view, i, frame, 12 * octave + (t + degree + shift) % 12] = level
     return dict(cqt=cqt, shifts=torch.tensor(shifts)[:, None].expand(3, len(tonic)), keys=torch.full((len(tonic),), -1))
 
 
