@@ -756,11 +756,12 @@ class Segments:
 
     NT-Xent compares views 0 and 1, which share a crop: it must not be asked to ignore transposition, or the trunk
     forgets pitch. CPSD compares views 0 and 1 with view 2, whose crop differs. Each view keeps its own random frames.
-    keys {path in a store: 0..23} are labels for those who learn from some (`tone`).
-    Raises InputError when the stores hold no track of 4 s, or fewer pieces than the batch.
+    keys {path in a store: 0..23} are labels for those who learn from some (`tone`). mix: how often each store is drawn from,
+    as shares; without it every piece is equally likely.
+    Raises InputError when the stores hold no track of 4 s, or fewer pieces than the batch, or when mix does not fit.
     """
 
-    def __init__(self, stores, batch_size, keys=None):
+    def __init__(self, stores, batch_size, keys=None, mix=None):
         self.stores, self.batch_size = stores, batch_size
         pieces, labels, short = [], [], 0
         for s, store in enumerate(stores):
@@ -778,6 +779,13 @@ class Segments:
             self.summary += f"; {short} tracks shorter than one 4 s segment left out"
         if len(self.pieces) == 0:
             raise InputError("every track is shorter than one 4 s segment; give longer recordings")
+        if mix and (len(mix) != len(stores) or min(mix) <= 0):
+            raise InputError(f"--mix: give one share above 0 for each of the {len(stores)} sources of --data")
+        self.chance = None                                                                         # (pieces,), or None: all alike
+        if mix:
+            weight = (np.array(mix) / np.maximum(1, np.bincount(self.pieces[:, 0], minlength=len(stores))))[self.pieces[:, 0]]
+            self.chance = weight / weight.sum()
+            self.summary += "; drawn " + " : ".join(f"{share / sum(mix):.0%}" for share in mix)
         if len(self.pieces) < batch_size:
             raise InputError(f"a batch of {batch_size} needs as many pieces of 30 s, the data has {len(self.pieces)}; "
                              f"use --batch-size {len(self.pieces)} or less, or add music")
@@ -789,7 +797,7 @@ class Segments:
         where no label is known.
         """
         rng = np.random.default_rng([seed, step])
-        number = rng.choice(len(self.pieces), self.batch_size, replace=False)                      # (batch,)
+        number = rng.choice(len(self.pieces), self.batch_size, replace=False, p=self.chance)       # (batch,)
         chosen = self.pieces[number]                                                               # (batch, 3)
         length = chosen[:, 2]
         room = length - 2 * SEGMENT

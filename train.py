@@ -3,7 +3,7 @@
     python train.py --tokens cpsd,ntxent                      the main job: synthetic songs, seven minutes on two cores
     python train.py --tokens cpsd --out out/cpsd              one token alone: the paper's baselines
     python train.py --data ~/Music --out out/mine             your own recordings
-    python train.py --data synth ~/Music --steps 3000         both, mixed by the piece
+    python train.py --data synth ~/Music --mix 3,1            both, three pieces in four synthetic
     python train.py --tokens cpsd,byol                        any set of the pretext tasks of losses.PRETEXT
     python train.py --preset myna-base                        another paper's model
     python train.py --out out/mine --resume                   go on, bit for bit, from the last checkpoint
@@ -156,6 +156,14 @@ def read_keys(path, stores):
     return keys
 
 
+def shares_of(text):
+    """'3,1' -> [3.0, 1.0]; None -> None."""
+    try:
+        return [float(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise InputError(f"--mix {text!r}: give numbers such as 3,1") from None
+
+
 def pick_device(name):
     """The device asked for, or the best there is. Raises InputError when it is not there."""
     if not name:
@@ -188,6 +196,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("what to learn, from what")
     group.add_argument("--tokens", help=f"pretext tasks, one class token each: any of {', '.join(PRETEXT)}")
     group.add_argument("--data", nargs="+", default=["synth"], help="folders of music or frame stores; synth: the embedded songs")
+    group.add_argument("--mix", help="how often each source of --data is drawn from, as shares: 3,1 (default: by the piece)")
     group.add_argument("--labels-csv", help="CSV with columns file,key: labels that the token tone learns from")
     group.add_argument("--out", default="out/mt2", help="run folder")
     group = parser.add_argument_group("size and length (defaults from the preset)")
@@ -216,7 +225,7 @@ def parse_args(argv=None):
 
 # What a checkpoint fixes: --resume takes these from it.
 SETTINGS = ("tokens", "data", "preset", "steps", "batch_size", "mask", "patch", "pool", "lr", "warmup", "clip", "omega", "seed",
-            "labels_csv")
+            "mix", "labels_csv")
 
 
 def settle(args, device):
@@ -270,7 +279,7 @@ def main():
     print(f"tokens {args.tokens}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 
     stores = open_data(args.data)
-    segments = Segments(stores, args.batch_size, read_keys(args.labels_csv, stores) if args.labels_csv else None)
+    segments = Segments(stores, args.batch_size, read_keys(args.labels_csv, stores) if args.labels_csv else None, shares_of(args.mix))
     print(f"data {' '.join(args.data)}: {segments.summary}; {args.steps} steps of {args.batch_size}, mask {args.mask}")
     optimizer, start = make_optimizer(model), 0
     # Teachers share one moving average of the network, heads included.
