@@ -6,6 +6,7 @@
     python probe.py folders --data DIR [--group REGEX]      your recordings, one sub-folder per class
     python probe.py csv --data labels.csv --audio DIR --label COLUMN [--split COLUMN] [--group COLUMN]
     python probe.py key SONG_OR_FOLDER... [--keys CSV]      keys without labels
+    python probe.py embed FOLDER... --out FILE.npz          class tokens of every track, for work of your own
     python probe.py compare A.json B.json...                runs side by side
 
 The story: tasks (whose files, whose labels) -> features (frozen, cached) -> probe (the only thing trained) -> metrics.
@@ -43,6 +44,7 @@ A row is evidence only if it beats raw and untrained: pooled spectrograms alread
 import argparse
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -58,7 +60,7 @@ from tqdm import tqdm
 
 from data import (AUDIO_SUFFIXES, DYNAMIC_RANGE, FMIN, HOP, MAX_CROP, N_BINS, PITCH_CROP, SAMPLE_RATE, SEGMENT, SYNTH_SPLITS,
                   TIMBRES, FrontEnd, InputError, audio_to_frames, compose, crop_views, find_audio, prepare_files,
-                  prepare_folders, prepare_synth, read_audio, render_note, run_cli)
+                  prepare_folders, prepare_synth, read_audio, render_note, run_cli, write_atomic)
 from losses import KRUMHANSL
 from model import MT2, load_checkpoint, pick_amp
 
@@ -1353,6 +1355,33 @@ def template_keys(tracks):
     return np.array(answers)
 
 
+# ---------------------------------------------------------------- embeddings of a folder
+
+BLOCK = 64  # tracks between two files of the cache (our choice)
+
+
+def embed(model, store, device):
+    """What the network says of a whole store, window by window: (rows, owner, time).
+
+    rows {class token or "sequence": (windows, dim) float32}, owner (windows,) the track of each window, time (windows,) the
+    seconds at which it starts. Every block of 64 tracks is a file of the feature cache: a killed run goes on at its block.
+    """
+    spans = [cut_windows(n) for n in store.lengths]
+    blocks = np.split(np.arange(len(spans)), range(BLOCK, len(spans), BLOCK))
+    parts = [cached(model, store, block, device, [model.config["depth"]], False, None)
+             for block in tqdm(blocks, desc="embedding", unit=f"{BLOCK} tracks")]
+    tokens, sequence = (torch.cat([part[name][:, 0] for part in parts]).float() for name in ("tokens", "sequence"))
+    rows = {name: tokens[:, i] for i, name in enumerate(model.tokens[:model.class_token_count])} | {"sequence": sequence}
+    time = np.array([start for cuts in spans for start, _ in cuts]) * FRAME_SECONDS
+    return rows, np.repeat(np.arange(len(spans)), [len(cuts) for cuts in spans]), time
+
+
+def embed_tracks(model, store, device):
+    """embed(), averaged over the windows of each track: {class token or "sequence": (tracks, dim)}."""
+    rows, owner, _ = embed(model, store, device)
+    return {name: track_mean(x, torch.from_numpy(owner), len(store.paths)) for name, x in rows.items()}
+
+
 # ---------------------------------------------------------------- commands
 
 
@@ -1632,6 +1661,23 @@ def print_key(checkpoint, device, songs, labels):
     write_json(Path(checkpoint).with_name(f"probe-key-{Path(songs[0]).resolve().name}.json"), title, results, chance)
 
 
+def write_embeddings(checkpoint, device, folders, out, windows):
+    """Class tokens and the sequence mean of every track below the folders, or of every 4 s window, as arrays of an npz."""
+    model, store = load_checkpoint(checkpoint, device), prepare_folders(folders)
+    start = time.perf_counter()
+    if windows:
+        rows, owner, times = embed(model, store, device)
+        extra = dict(track=owner, time=times.astype(np.float32))
+    else:
+        rows, extra = embed_tracks(model, store, device), {}
+    seconds, hours = time.perf_counter() - start, store.lengths.sum() * FRAME_SECONDS / 3600
+    file = io.BytesIO()
+    np.savez(file, paths=np.array(store.paths), **extra, **{name: x.numpy() for name, x in rows.items()})
+    write_atomic(out, file.getvalue())
+    print(f"{out}: {', '.join(f'{name} {tuple(x.shape)}' for name, x in rows.items())} of {len(store.paths)} tracks; {len(store.skipped)} files "
+          f"skipped, {store.folder}/index.jsonl says why\n{hours:.2f} h of prepared audio in {seconds:.1f} s (what is cached costs nothing)")
+
+
 def newest_checkpoint():
     """The checkpoint written last below out/. Raises InputError when there is none."""
     found = sorted(Path("out").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
@@ -1680,6 +1726,10 @@ def main():
     key = tasks.add_parser("key", parents=[network], help="keys without labels")
     key.add_argument("songs", nargs="+", help="audio files or folders")
     key.add_argument("--keys", help="CSV with columns file (path below the folder) and key ('F# minor')")
+    vectors = tasks.add_parser("embed", parents=[network], help="class tokens of every track, as an npz")
+    vectors.add_argument("folders", nargs="+", help="folders of audio files")
+    vectors.add_argument("--out", required=True, metavar="NPZ", help="file to write: arrays paths, one per class token, sequence")
+    vectors.add_argument("--windows", action="store_true", help="one row per 4 s window, with the arrays track and time")
     tasks.add_parser("compare", help="tables side by side").add_argument("tables", nargs="+", help="JSON files that probe.py wrote")
     args = parser.parse_args()
     if args.task == "list":
@@ -1690,6 +1740,8 @@ def main():
         print_synth(args.checkpoint or newest_checkpoint(), args.device)
     elif args.task == "key":
         print_key(args.checkpoint or newest_checkpoint(), args.device, args.songs, args.keys)
+    elif args.task == "embed":
+        write_embeddings(args.checkpoint or newest_checkpoint(), args.device, args.folders, args.out, args.windows)
     else:
         run_task(args)
 
