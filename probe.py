@@ -1569,18 +1569,18 @@ def principal(x):
 
 
 def draw_map(plt, points, labels, by):
-    """points {name: ((tracks, 2), shares)}, labels [str] one a track, by: what they are, folder or key."""
+    """points {name: ((tracks, 2), shares)}, first half trained, second untrained; labels [str] one a track, by: folder or key."""
     names = [n for n in FIFTH_NAMES if n in labels] if by == "key" else sorted(set(labels))
     colour = {n: plt.cm.hsv(FIFTH_NAMES.index(n) / 12) if by == "key" else plt.cm.tab20(i % 20) for i, n in enumerate(names)}
-    figure, panels = plt.subplots(1, len(points), figsize=(1 + 5 * len(points), 5), layout="constrained", squeeze=False)
-    for axes, (name, (places, shares)) in zip(panels[0], points.items()):
+    figure, panels = plt.subplots(2, len(points) // 2, figsize=(1 + 2.4 * len(points), 9), layout="constrained", squeeze=False)
+    for axes, (name, (places, shares)) in zip(panels.flat, points.items()):
         for label in ["?"] * ("?" in labels) + names:
             mine = np.array(labels) == label
             axes.scatter(*places[mine].T, s=22, color=colour.get(label, "lightgrey"), label=label, edgecolor="white", lw=0.4)
         axes.set(xlabel=f"first direction ({100 * shares[0]:.0f} % of the variance)", ylabel=f"second direction ({100 * shares[1]:.0f} %)")
         axes.set_title(f"{name}: a dot is a track, colour its {by}", loc="left", fontsize=10)
-    axes.legend(title=by, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
-    figure.suptitle("PCA of the tracks. Look for colours that keep together, and for the token under which they do.", fontsize=10)
+    figure.legend(*axes.get_legend_handles_labels(), title=by, loc="outside right center", frameon=False, fontsize=8)
+    figure.suptitle("PCA of the tracks. Look for colours that keep together above and not below: that was learnt.", fontsize=10)
     return figure
 
 
@@ -2015,11 +2015,12 @@ def save_figure(plt, figure, path):
 
 
 def print_map(checkpoint, device, folder, keys, out):
-    """The tracks of a folder on a plane, by each class token, coloured by sub-folder or key; without matplotlib as a CSV."""
+    """The tracks of a folder on a plane, by each class token, trained and not; without matplotlib as a CSV."""
     model, store = load_checkpoint(checkpoint, device), prepare_folders([folder])
     if len(store.paths) < 3:
         raise InputError(f"{folder}: a map of {len(store.paths)} tracks shows nothing; give at least three")
-    points = {name: principal(x) for name, x in embed_tracks(model, store, device).items() if name in model.tokens or not model.class_token_count}
+    points = {prefix + name: principal(x) for prefix, network in (("", model), ("untrained ", untrained(model, device)))
+              for name, x in embed_tracks(network, store, device).items() if name in model.tokens or not model.class_token_count}
     labels = [Path(p).parts[1] if len(Path(p).parts) > 2 else "." for p in store.paths]
     if keys:
         known = read_keys(keys)
