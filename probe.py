@@ -1280,6 +1280,13 @@ def pyplot():
     return plt
 
 
+def save_figure(plt, figure, path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(f"figure in {path}")
+
+
 def print_confusion(outputs, truth, names, path):
     """How often a class (line) is taken for another (column), of one seed's test tracks; keys also by relation."""
     estimate = outputs.argmax(axis=1)
@@ -1298,13 +1305,11 @@ def print_confusion(outputs, truth, names, path):
     plt = pyplot()
     if plt is None:
         return
-    figure, axes = plt.subplots(figsize=(8, 8))
+    figure, axes = plt.subplots(figsize=(8, 8), layout="constrained")
     axes.imshow(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), cmap="magma")
     axes.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names, xlabel="estimated", ylabel="true")
     axes.tick_params(axis="x", rotation=90)
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
-    print(f"figure in {path}")
+    save_figure(plt, figure, path)
 
 
 # ---------------------------------------------------------------- key without labels
@@ -1512,7 +1517,7 @@ def draw_key(plt, course):
     """Key signatures over time on the circle of fifths. course (windows, 12)."""
     seconds, best = SEGMENT * FRAME_SECONDS, course.argmax(dim=1).tolist()
     figure, axes = plt.subplots(figsize=(11, 4.5), layout="constrained")
-    drawn = axes.imshow(course[:, FIFTHS].T, origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1, extent=(0, len(best) * seconds, -0.5, 11.5))
+    drawn = axes.imshow(course[:, FIFTHS].T.numpy(), origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1, extent=(0, len(best) * seconds, -0.5, 11.5))
     axes.plot((np.arange(len(best)) + 0.5) * seconds, [FIFTHS.index(k) for k in best], ".", color="crimson", ms=5)
     axes.set(yticks=range(12), yticklabels=FIFTH_NAMES, xlabel="time, s", ylabel="key signature, by fifths")
     axes.set_title("Key by the class token, no labels; the dot is the likeliest signature of each 4 s. Look for steps: a steady line is one\n"
@@ -1524,7 +1529,7 @@ def draw_key(plt, course):
 def draw_attention(plt, names, attention, envelope, r, start):
     """attention (windows, layers, tokens, 126), envelope (windows, 126) dB, r (layers, tokens), start: s of the first window."""
     windows, layers, tokens, _ = attention.shape
-    attention, envelope = SEGMENT * attention.permute(1, 2, 0, 3).flatten(2), envelope.flatten()   # multiples of an even share
+    attention, envelope = SEGMENT * attention.permute(1, 2, 0, 3).flatten(2).numpy(), envelope.flatten().numpy()  # multiples of an even share
     end = start + windows * SEGMENT * FRAME_SECONDS
     figure, panels = plt.subplots(1 + tokens, 1, figsize=(11, 2 + (0.8 + 0.3 * layers) * tokens), sharex=True, layout="constrained",
                                   height_ratios=[1.2] + [0.5 + 0.3 * layers] * tokens)
@@ -1532,7 +1537,7 @@ def draw_attention(plt, names, attention, envelope, r, start):
     panels[0].set(ylabel="rise, dB", ylim=(0, None))
     panels[0].set_title("Onsets: mean rise of the mel from frame to frame (dotted: where windows meet)", loc="left", fontsize=10)
     for t, axes in enumerate(panels[1:]):
-        drawn = axes.imshow(attention[:, t], origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=float(attention[:, t].quantile(0.99)),
+        drawn = axes.imshow(attention[:, t], origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=np.quantile(attention[:, t], 0.99),
                             extent=(start, end, 0.5, layers + 0.5), interpolation="nearest")
         axes.set(yticks=range(1, layers + 1), yticklabels=[f"{i + 1}  (r = {r[i, t]:.2f})" for i in range(layers)], ylabel="layer")
         axes.set_title(f"Where the {names[t]} token looks (r: correlation with the onsets, whole song). Look for columns under the peaks.", loc="left", fontsize=10)
@@ -1549,7 +1554,7 @@ def draw_similarity(plt, matrices):
     figure, panels = plt.subplots(1, len(matrices), figsize=(4 * len(matrices), 4.6), sharey=True, layout="constrained", squeeze=False)
     for axes, (title, matrix) in zip(panels[0], matrices.items()):
         end = len(matrix) * CELL * FRAME_SECONDS
-        drawn = axes.imshow(matrix, origin="lower", cmap="RdBu_r", vmin=-1, vmax=1, extent=(0, end, 0, end))
+        drawn = axes.imshow(matrix.numpy(), origin="lower", cmap="RdBu_r", vmin=-1, vmax=1, extent=(0, end, 0, end))
         axes.set(xlabel="time, s")
         axes.set_title(title, fontsize=10)
     panels[0][0].set(ylabel="time, s")
@@ -1576,7 +1581,7 @@ def draw_map(plt, points, labels, by):
     for axes, (name, (places, shares)) in zip(panels.flat, points.items()):
         for label in ["?"] * ("?" in labels) + names:
             mine = np.array(labels) == label
-            axes.scatter(*places[mine].T, s=22, color=colour.get(label, "lightgrey"), label=label, edgecolor="white", lw=0.4)
+            axes.scatter(*places.numpy()[mine].T, s=22, color=colour.get(label, "lightgrey"), label=label, edgecolor="white", lw=0.4)
         axes.set(xlabel=f"first direction ({100 * shares[0]:.0f} % of the variance)", ylabel=f"second direction ({100 * shares[1]:.0f} %)")
         axes.set_title(f"{name}: a dot is a track, colour its {by}", loc="left", fontsize=10)
     figure.legend(*axes.get_legend_handles_labels(), title=by, loc="outside right center", frameon=False, fontsize=8)
@@ -1601,7 +1606,7 @@ def synth_labelled():
 
 
 def folder_labelled(args):
-    """Songs below --data with .lab or .beats files, at most as many as of the embedded ones: (store, track numbers, tracks)."""
+    """Songs of 4 s and more below --data with .lab or .beats files, at most 112: (store, track numbers, tracks)."""
     merged = {}
     for kind in LOCAL:
         for t in TASKS[kind].read(Files([args.data])):
@@ -1611,8 +1616,11 @@ def folder_labelled(args):
         raise InputError(f"{args.data}: holds no audio file with a .lab (chords) or .beats file of the same name")
     tracks = sorted(merged.values(), key=lambda t: (hashed(t.name, 1 << 32), t.name))[:sum(EMERGENCE_SONGS)]
     store, numbers, tracks, _ = open_tracks(args, tracks)
-    print(f"{len(tracks)} of {len(merged)} songs")
-    return store, numbers, tracks
+    whole = np.flatnonzero(store.lengths[numbers] >= SEGMENT)
+    if len(whole) == 0:
+        raise InputError(f"{args.data}: every labelled song is shorter than one window of 4 s; give longer recordings")
+    print(f"{len(whole)} of {len(merged)} songs")
+    return store, numbers[whole], [tracks[i] for i in whole]
 
 
 def emergence(model, store, numbers, tracks, device):
@@ -1637,10 +1645,10 @@ def emergence(model, store, numbers, tracks, device):
             for name, cells in found.items():
                 results[name][f"{kind} {metric}"] = cells[metric]
             chance |= {f"{kind} {metric}": constant[metric]} if constant else {}
-    whole = [store.track(i) for i in numbers if store.lengths[i] >= SEGMENT]
-    envelope = onset_windows(whole)[:, None, None, None]
+    songs = [store.track(i) for i in numbers]
+    envelope = onset_windows(songs)[:, None, None, None]
     for prefix, network in (("", model), ("untrained ", untrained(model, device))):
-        weights = class_attention(network, whole, device)
+        weights = class_attention(network, songs, device)
         r = correlations(torch.cat([weights, weights.mean(dim=3, keepdim=True)], dim=3), envelope)  # (windows, layers, tokens, heads + 1, shifts)
         shifted = shift_chance(r[:, :, :, -1])                                                      # (100, layers, tokens)
         for (i, t), name in zip(product(range(depth), range(len(model.tokens))), model.tokens * depth):
@@ -2005,13 +2013,6 @@ def print_show(checkpoint, device, song, out):
     folder = Path(out or f"{Path(song).stem}-figures")
     for name, figure in figures.items():
         save_figure(plt, figure, folder / f"{name}.png")
-
-
-def save_figure(plt, figure, path):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    print(f"figure in {path}")
 
 
 def print_map(checkpoint, device, folder, keys, out):
