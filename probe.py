@@ -1456,16 +1456,12 @@ def key_course(model, frames, device):
     return turn(key_outputs(model, windows, device), -calibrate(model, device)).unflatten(1, (-1, 12)).sum(dim=1)
 
 
-CELL = 16  # frames in a cell of a self-similarity matrix: half a second
-
-
-def self_similarity(x):
-    """Cosine of every half second of a song with every other: x (frames, dim) -> (cells, cells).
+def self_similarity(x, size):
+    """Cosine of every cell of `size` frames of a song with every other: x (frames, dim) -> (cells, cells).
 
     All moments of a song share most of their vector, so the song's mean is taken away first: what is left is what changes.
     """
-    cells = x[:max(1, len(x) // CELL) * CELL].float().split(CELL)
-    x = torch.stack([cell.mean(dim=0) for cell in cells])                            # (cells, dim)
+    x = x[:len(x) // size * size].float().unflatten(0, (-1, size)).mean(dim=1)       # (cells, dim)
     x = F.normalize(x - x.mean(dim=0), dim=-1)
     return x @ x.T
 
@@ -1549,11 +1545,11 @@ def draw_attention(plt, names, attention, envelope, r, start):
     return figure
 
 
-def draw_similarity(plt, matrices):
-    """matrices {title: (cells, cells)}."""
+def draw_similarity(plt, matrices, seconds):
+    """matrices {title: (cells, cells)}, seconds of a cell."""
     figure, panels = plt.subplots(1, len(matrices), figsize=(4 * len(matrices), 4.6), sharey=True, layout="constrained", squeeze=False)
     for axes, (title, matrix) in zip(panels[0], matrices.items()):
-        end = len(matrix) * CELL * FRAME_SECONDS
+        end = len(matrix) * seconds
         drawn = axes.imshow(matrix.numpy(), origin="lower", cmap="RdBu_r", vmin=-1, vmax=1, extent=(0, end, 0, end))
         axes.set(xlabel="time, s")
         axes.set_title(title, fontsize=10)
@@ -2002,14 +1998,15 @@ def print_show(checkpoint, device, song, out):
 
     layers = sorted({1, (1 + depth) // 2, depth})
     sequence = extract(model, [frames], device, layers, per_frame=True)["sequence"]      # (frames, layers, dim)
-    matrices = {"spectrogram": self_similarity(extract(None, [frames], device, per_frame=True)["raw"])}
-    matrices |= {f"layer {layer} of {depth}": self_similarity(sequence[:, i]) for i, layer in enumerate(layers)}
+    size = max(16, len(frames) // 1000)                                                  # half a second, more in recordings over 9 minutes
+    matrices = {"spectrogram": self_similarity(extract(None, [frames], device, per_frame=True)["raw"], size)}
+    matrices |= {f"layer {layer} of {depth}": self_similarity(sequence[:, i], size) for i, layer in enumerate(layers)}
     for title, matrix in matrices.items():
-        lags = [matrix.diagonal(lag).mean().item() for lag in range(8, len(matrix) - 8)]  # at least 4 s apart, at least 4 s long
+        lags = [matrix.diagonal(lag).mean().item() for lag in range(8, len(matrix) - 8)]  # eight cells: at least 4 s apart, 4 s long
         if lags:
-            print(f"{title}: most like itself {(8 + np.argmax(lags)) * CELL * FRAME_SECONDS:.0f} s later (cosine {max(lags):.2f})")
+            print(f"{title}: most like itself {(8 + np.argmax(lags)) * size * FRAME_SECONDS:.0f} s later (cosine {max(lags):.2f})")
     if plt:
-        figures["similarity"] = draw_similarity(plt, matrices)
+        figures["similarity"] = draw_similarity(plt, matrices, size * FRAME_SECONDS)
     folder = Path(out or f"{Path(song).stem}-figures")
     for name, figure in figures.items():
         save_figure(plt, figure, folder / f"{name}.png")

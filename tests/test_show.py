@@ -158,7 +158,7 @@ def test_key_course_is_the_key_of_each_window():
 
 def test_similar_moments_are_those_that_come_back():
     a, b, c = torch.randn(3, 64, 8, generator=torch.Generator().manual_seed(0)) + 5                     # 64 frames: four cells
-    matrix = probe.self_similarity(torch.cat([a, b, a, c, a[:9]]))                                      # the last 9 frames fill no cell
+    matrix = probe.self_similarity(torch.cat([a, b, a, c, a[:9]]), 16)                                      # the last 9 frames fill no cell
     assert matrix.shape == (16, 16)
     same(matrix, matrix.T)
     same(matrix.diagonal(), torch.ones(16))
