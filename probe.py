@@ -1494,18 +1494,18 @@ def draw_front_end(plt, frames):
         drawn = axes.imshow(image, origin="lower", aspect="auto", cmap="magma", extent=(left, right, -0.5, len(image) - 0.5))
         figure.colorbar(drawn, ax=axes, label="level, dB", pad=0.01)
     cqt, mel = panels
-    for crop, place, colour in ((1, 0.01, "cyan"), (MAX_CROP - 1, 0.03, "lime")):
-        box = plt.Rectangle((left + place * (right - left), crop - 0.5), (1 - 2 * place) * (right - left), CROP_BINS, fill=False, ec=colour, lw=2)
-        cqt.add_patch(box)
-        cqt.text(left + (place + 0.01) * (right - left), crop + 1, f"crop {crop}", color=colour, va="bottom", weight="bold", backgroundcolor="black")
-    first = round(12 * np.log2(440 / FMIN)) - 69                                                   # bin = first + MIDI pitch
-    cqt.set(yticks=range(first + 24, N_BINS, 12), yticklabels=[f"C{i}" for i in range(1, 1 + len(range(first + 24, N_BINS, 12)))], ylabel="note")
-    cqt.set_title("CQT, a bin a semitone. The boxes are two views: in the higher one the same music lies "
-                  f"{MAX_CROP - 2} bins lower, so it sounds\n{MAX_CROP - 2} semitones lower. Look for chords as stacks of lines that keep their shape when they move.", loc="left", fontsize=10)
+    for crop, inset, colour in ((1, 0.1, "cyan"), (MAX_CROP - 1, 0.3, "lime")):
+        cqt.add_patch(plt.Rectangle((left + inset, crop - 0.5), right - left - 2 * inset, CROP_BINS, fill=False, ec=colour, lw=2))
+        cqt.text(left + inset + 0.1, crop + 1, f"crop {crop}", color=colour, va="bottom", weight="bold", backgroundcolor="black")
+    octaves = range(round(12 * np.log2(440 / FMIN)) - 45, N_BINS, 12)                              # bins of C1, C2 ...: 45 semitones below A4
+    cqt.set(yticks=octaves, yticklabels=[f"C{i + 1}" for i in range(len(octaves))], ylabel="note")
+    shift = MAX_CROP - 2
+    cqt.set_title(f"CQT, a bin a semitone. The boxes are two views: in the green one the same music lies {shift} bins lower, so it sounds\n"
+                  f"{shift} semitones lower. Look for chords as stacks of lines that keep their shape when they move.", loc="left", fontsize=10)
     hertz, filters = (125, 250, 500, 1000, 2000, 4000), FrontEnd().mel.filters
     centre = filters.argmax(dim=1).numpy() * SAMPLE_RATE / 2 / (filters.shape[1] - 1)              # (128,) Hz
     mel.set(yticks=np.searchsorted(centre, hertz), yticklabels=hertz, ylabel="frequency, Hz", xlabel="time, s")
-    mel.set_title("Mel spectrogram: never cropped. Look for timbre: vertical lines are attacks, broad clouds are drums and breath.", loc="left", fontsize=10)
+    mel.set_title("Mel spectrogram: never cropped. Look for timbre: vertical lines are attacks, clouds are drums and breath.", loc="left", fontsize=10)
     return figure
 
 
@@ -1513,11 +1513,12 @@ def draw_key(plt, course):
     """Key signatures over time on the circle of fifths. course (windows, 12)."""
     seconds, best = SEGMENT * FRAME_SECONDS, course.argmax(dim=1).tolist()
     figure, axes = plt.subplots(figsize=(11, 4.5), layout="constrained")
-    drawn = axes.imshow(course[:, FIFTHS].T.numpy(), origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1, extent=(0, len(best) * seconds, -0.5, 11.5))
+    drawn = axes.imshow(course[:, FIFTHS].T.numpy(), origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1,
+                        extent=(0, len(best) * seconds, -0.5, 11.5))
     axes.plot((np.arange(len(best)) + 0.5) * seconds, [FIFTHS.index(k) for k in best], ".", color="crimson", ms=5)
     axes.set(yticks=range(12), yticklabels=FIFTH_NAMES, xlabel="time, s", ylabel="key signature, by fifths")
-    axes.set_title("Key by the class token, no labels; the dot is the likeliest signature of each 4 s. Look for steps: a steady line is one\n"
-                   "key, a step to the next line is a modulation by a fifth; two lines at once are a doubt between neighbours.", loc="left", fontsize=10)
+    axes.set_title("Key by the class token, no labels; the dot is the likeliest signature of each 4 s. Look for steps: a steady row is one\n"
+                   "key, a step to the next row a modulation by a fifth; two dark rows at once are a doubt between the two.", loc="left", fontsize=10)
     figure.colorbar(drawn, ax=axes, label="probability", pad=0.01)
     return figure
 
@@ -1536,7 +1537,8 @@ def draw_attention(plt, names, attention, envelope, r, start):
         drawn = axes.imshow(attention[:, t], origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=np.quantile(attention[:, t], 0.99),
                             extent=(start, end, 0.5, layers + 0.5), interpolation="nearest")
         axes.set(yticks=range(1, layers + 1), yticklabels=[f"{i + 1}  (r = {r[i, t]:.2f})" for i in range(layers)], ylabel="layer")
-        axes.set_title(f"Where the {names[t]} token looks (r: correlation with the onsets, whole song). Look for columns under the peaks.", loc="left", fontsize=10)
+        axes.set_title(f"Where the {names[t]} token looks (r: correlation with the onsets, whole song). Look for columns under the peaks.",
+                       loc="left", fontsize=10)
         figure.colorbar(drawn, ax=axes, label="x even share", pad=0.01)
     for axes in panels:
         for border in range(1, windows):
@@ -1555,7 +1557,8 @@ def draw_similarity(plt, matrices, seconds):
         axes.set_title(title, fontsize=10)
     panels[0][0].set(ylabel="time, s")
     figure.colorbar(drawn, ax=panels[0], label="cosine, mean of the song removed", pad=0.01)
-    figure.suptitle("Which moments are alike. Look for blocks: sections; for stripes beside the diagonal: repeats, as far away as they come back.", fontsize=10)
+    figure.suptitle("Which moments are alike. Look for blocks: sections; for stripes beside the diagonal: repeats, as far away as they come back.",
+                    fontsize=10)
     return figure
 
 
@@ -1619,47 +1622,55 @@ def folder_labelled(args):
     return store, numbers[whole], [tracks[i] for i in whole]
 
 
-def emergence(model, store, numbers, tracks, device):
-    """({row: {column: cell}}, chance, remarks): what each layer knows of chords, beats and onsets. Rows are layers.
-
-    Chords and beats: a linear probe on each frame's own token. Onsets: the correlation of a class token's attention with
-    the envelope of the onsets. Block i makes layer i, so its attention stands there; layer 0 is the tokeniser.
-    """
-    depth = model.config["depth"]
-    # The blocks of a fresh network add nothing, so one of its layers stands for all; its attention differs by layer.
-    row_of = {f"sequence L{i}": f"layer {i}" for i in range(depth + 1)} | {"raw": "raw", f"untrained sequence L{depth}": f"untrained layer {depth}"}
+def emergence_of_labels(model, store, numbers, tracks, device):
+    """Linear probes of chords and beats on each frame's own token, layer by layer: ({row: {column: cell}}, chance)."""
+    depth, results, chance = model.config["depth"], {}, {}
+    # The blocks of a fresh network add nothing, so one of its layers stands for all.
+    row_of = {f"sequence L{i}": f"layer {i}" for i in range(depth + 1)} | {f"untrained sequence L{depth}": f"untrained layer {depth}", "raw": "raw"}
     frames, owner = all_rows(model, store, numbers, device, list(range(depth + 1)), per_frame=True)
-    rows = {row_of[name]: x for name, x in frames.items() if name in row_of}
-    results = {name: {} for name in (*(f"layer {i}" for i in range(depth + 1)), *(f"untrained layer {i + 1}" for i in range(depth)), "raw")}
-    chance, remarks = {}, []
     for kind in LOCAL:
-        mine = [i for i, t in enumerate(tracks) if kind in t.labels]
+        mine, metric = [i for i, t in enumerate(tracks) if kind in t.labels], next(iter(metrics_of(kind, None)))
         if mine:
             keep = np.isin(owner, mine)
-            found, constant = probe_local({name: x[keep] for name, x in rows.items()}, np.searchsorted(mine, owner[keep]), [tracks[i] for i in mine], kind, seeds=1)
-            metric = next(iter(metrics_of(kind, None)))
+            rows = {row_of[name]: x[keep] for name, x in frames.items() if name in row_of}
+            found, constant = probe_local(rows, np.searchsorted(mine, owner[keep]), [tracks[i] for i in mine], kind, seeds=1)
             for name, cells in found.items():
-                results[name][f"{kind} {metric}"] = cells[metric]
-            chance |= {f"{kind} {metric}": constant[metric]} if constant else {}
+                results.setdefault(name, {})[f"{kind} {metric}"] = cells[metric]
+            chance |= {f"{kind} {metric}": value for name, value in constant.items() if name == metric}
+    return results, chance
+
+
+def emergence_of_onsets(model, songs, device, prefix=""):
+    """Correlation of each class token's attention with the onsets, its heads averaged: ({row: {column: cell}}, remarks).
+
+    Block i makes layer i, so its attention stands in that row. Songs are (frames, 224), of 4 s and more.
+    """
+    results, weights = {}, class_attention(model, songs, device)
+    each = correlations(weights, onset_windows(songs)[:, None, None, None])[..., 0].mean(dim=0)     # (layers, tokens, heads)
+    r = correlations(weights.mean(dim=3), onset_windows(songs)[:, None, None])                      # (windows, layers, tokens, shifts)
+    chance = shift_chance(r)                                                                        # (100, layers, tokens)
+    for i, t in product(range(r.shape[1]), range(r.shape[2])):
+        true, other = r[:, i, t, 0], chance[:, i, t]
+        row = results.setdefault(f"{prefix}layer {i + 1}", {})
+        row[f"{model.tokens[t]} ~ onsets"] = dict(mean=true.mean().item(), std=true.std().item())
+        row[f"{model.tokens[t]}, shifted"] = dict(mean=other.mean().item(), std=other.std().item(), interval=np.percentile(other, [2.5, 97.5]).tolist())
+    best = [divmod(each[:, t].abs().argmax().item(), each.shape[2]) for t in range(each.shape[1])]
+    return results, [f"{name}: the single head most tied to onsets is head {head + 1} of layer {layer + 1}, r = {each[layer, t, head]:.2f}"
+                     for t, (name, (layer, head)) in enumerate(zip(model.tokens, best))]
+
+
+def emergence(model, store, numbers, tracks, device):
+    """What each layer knows that nobody asked for: ({row: {column: cell}}, chance, remarks)."""
     songs = [store.track(i) for i in numbers]
-    envelope = onset_windows(songs)[:, None, None, None]
-    for prefix, network in (("", model), ("untrained ", untrained(model, device))):
-        weights = class_attention(network, songs, device)
-        r = correlations(torch.cat([weights, weights.mean(dim=3, keepdim=True)], dim=3), envelope)  # (windows, layers, tokens, heads + 1, shifts)
-        shifted = shift_chance(r[:, :, :, -1])                                                      # (100, layers, tokens)
-        for (i, t), name in zip(product(range(depth), range(len(model.tokens))), model.tokens * depth):
-            true, other = r[:, i, t, -1, 0], shifted[:, i, t]
-            results[f"{prefix}layer {i + 1}"][f"{name} ~ onsets"] = dict(mean=true.mean().item(), std=true.std().item())
-            results[f"{prefix}layer {i + 1}"][f"{name}, shifted"] = dict(mean=other.mean().item(), std=other.std().item(),
-                                                                         interval=np.percentile(other, [2.5, 97.5]).tolist())
-        if not prefix:
-            heads = r[..., :-1, 0].mean(dim=0)                                                      # (layers, tokens, heads)
-            for t, name in enumerate(model.tokens):
-                layer, head = divmod(heads[:, t].abs().argmax().item(), heads.shape[-1])
-                remarks.append(f"{name}: the single head most tied to onsets is head {head + 1} of layer {layer + 1}, r = {heads[layer, t, head]:.2f}")
-    for column in dict.fromkeys(c for row in results.values() for c in row if not c.endswith("shifted")):
-        best = max((name for name in results if name.startswith("layer") and column in results[name]), key=lambda name: abs(results[name][column]["mean"]))
-        remarks.append(f"{column}: strongest at {best} ({100 * results[best][column]['mean']:.1f})")
+    probed, chance = emergence_of_labels(model, store, numbers, tracks, device)
+    trained, remarks = emergence_of_onsets(model, songs, device)
+    fresh, _ = emergence_of_onsets(untrained(model, device), songs, device, "untrained ")
+    layers = [f"layer {i}" for i in range(len(model.blocks) + 1)]
+    results = {name: probed.get(name, {}) | trained.get(name, {}) | fresh.get(name, {}) for name in (*layers, *fresh, "raw")}
+    for column in results[layers[-1]]:
+        if not column.endswith("shifted"):
+            best = max((name for name in layers if column in results[name]), key=lambda name: abs(results[name][column]["mean"]))
+            remarks.append(f"{column}: strongest at {best} ({100 * results[best][column]['mean']:.1f})")
     return results, chance, remarks
 
 
@@ -1966,7 +1977,7 @@ def write_embeddings(checkpoint, device, folders, out, windows):
     np.savez(file, paths=np.array(store.paths), **extra, **{name: x.numpy() for name, x in rows.items()})
     write_atomic(out, file.getvalue())
     print(f"{out}: {', '.join(f'{name} {tuple(x.shape)}' for name, x in rows.items())} of {len(store.paths)} tracks; {len(store.skipped)} files "
-          f"skipped, {store.folder}/index.jsonl says why\n{hours:.2f} h of prepared audio in {seconds:.1f} s (what is cached costs nothing)")
+          f"skipped, {store.folder}/index.jsonl says why\n{hours:.2f} h of prepared audio in {seconds:.1f} s, {3600 * hours / seconds:.0f} x real time (what is cached costs nothing)")
 
 
 def print_show(checkpoint, device, song, out):
