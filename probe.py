@@ -1605,19 +1605,20 @@ def synth_labelled():
 
 
 def folder_labelled(args):
-    """Songs of 4 s and more below --data with .lab or .beats files, at most 112: (store, track numbers, tracks)."""
+    """Songs of 4 s and more below --data, those with .lab or .beats files where there are any, at most 112: (store, track numbers, tracks)."""
     merged = {}
     for kind in LOCAL:
         for t in TASKS[kind].read(Files([args.data])):
             if t.path:
                 merged.setdefault(t.path, t._replace(labels={}, split=None)).labels.update(t.labels)
     if not merged:
-        raise InputError(f"{args.data}: holds no audio file with a .lab (chords) or .beats file of the same name")
+        print("no .lab (chords) or .beats files beside the songs: onsets alone, which need no labels")
+        merged = {path: Track(name, path, {}, None, name) for name, path in find_audio([args.data])}
     tracks = sorted(merged.values(), key=lambda t: (hashed(t.name, 1 << 32), t.name))[:sum(EMERGENCE_SONGS)]
     store, numbers, tracks, _ = open_tracks(args, tracks)
     whole = np.flatnonzero(store.lengths[numbers] >= SEGMENT)
     if len(whole) == 0:
-        raise InputError(f"{args.data}: every labelled song is shorter than one window of 4 s; give longer recordings")
+        raise InputError(f"{args.data}: every song is shorter than one window of 4 s; give longer recordings")
     print(f"{len(whole)} of {len(merged)} songs")
     return store, numbers[whole], [tracks[i] for i in whole]
 
@@ -1625,6 +1626,8 @@ def folder_labelled(args):
 def emergence_of_labels(model, store, numbers, tracks, device):
     """Linear probes of chords and beats on each frame's own token, layer by layer: ({row: {column: cell}}, chance)."""
     depth, results, chance = model.config["depth"], {}, {}
+    if not any(t.labels for t in tracks):
+        return results, chance
     # The blocks of a fresh network add nothing, so one of its layers stands for all.
     row_of = {f"sequence L{i}": f"layer {i}" for i in range(depth + 1)} | {f"untrained sequence L{depth}": f"untrained layer {depth}", "raw": "raw"}
     frames, owner = all_rows(model, store, numbers, device, list(range(depth + 1)), per_frame=True)
@@ -1666,7 +1669,7 @@ def emergence(model, store, numbers, tracks, device):
     trained, remarks = emergence_of_onsets(model, songs, device)
     fresh, _ = emergence_of_onsets(untrained(model, device), songs, device, "untrained ")
     layers = [f"layer {i}" for i in range(len(model.blocks) + 1)]
-    results = {name: probed.get(name, {}) | trained.get(name, {}) | fresh.get(name, {}) for name in (*layers, *fresh, "raw")}
+    results = {name: probed.get(name, {}) | trained.get(name, {}) | fresh.get(name, {}) for name in (*layers, *fresh, *probed.keys() & {"raw"})}
     for column in results[layers[-1]]:
         if not column.endswith("shifted"):
             best = max((name for name in layers if column in results[name]), key=lambda name: abs(results[name][column]["mean"]))
@@ -2118,7 +2121,7 @@ def main():
     plane.add_argument("--keys", help="CSV with columns file (path below the folder) and key: keys are colours")
     plane.add_argument("--out", default="map.png", metavar="PNG", help="the figure (default map.png)")
     layers = tasks.add_parser("emergence", parents=[network], help="what each layer knows of chords, beats and onsets")
-    layers.add_argument("--data", help="folder of songs with .lab and .beats files (default: the embedded songs)")
+    layers.add_argument("--data", help="folder of songs, with .lab and .beats files for chords and beats (default: the embedded songs)")
     tasks.add_parser("compare", help="tables side by side").add_argument("tables", nargs="+", help="JSON files that probe.py wrote")
     args = parser.parse_args()
     if args.task == "list":

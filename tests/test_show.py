@@ -329,8 +329,12 @@ def test_emergence_finds_attention_that_follows_onsets(tmp_path, monkeypatch, qu
 def test_emergence_of_a_folder(song_folder, tmp_path, monkeypatch, capsys, quick):
     monkeypatch.chdir(tmp_path)
     save("m.pt", network(("ntxent",), depth=1))
-    with pytest.raises(data.InputError, match="lab"):
-        command(monkeypatch, "emergence", "--data", song_folder, "--checkpoint", "m.pt")
+    with pytest.raises(data.InputError, match="lost: is not a folder"):
+        command(monkeypatch, "emergence", "--data", "lost", "--checkpoint", "m.pt")
+    command(monkeypatch, "emergence", "--data", song_folder, "--checkpoint", "m.pt")                   # no labels: onsets alone
+    assert "onsets alone" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "probe-emergence-music.json").read_text())["rows"]
+    assert rows["layer 0"] == {} and set(rows["layer 1"]) == set(rows["untrained layer 1"]) == {"ntxent ~ onsets", "ntxent, shifted"}
     for path in song_folder.rglob("*.*"):
         own = tmp_path / "own" / path.name
         own.parent.mkdir(exist_ok=True)
