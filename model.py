@@ -26,12 +26,19 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x):
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, dim // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                               # each (batch, heads, tokens, dim / heads)
+        q, k, v = self.project(x)
         attended = F.scaled_dot_product_attention(q, k, v)                 # (batch, heads, tokens, dim / heads)
-        x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, dim))
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
+
+    def project(self, x):
+        """Queries, keys and values of the block's input, each (batch, heads, tokens, dim / heads)."""
+        return self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def attention(self, x):
+        """Which tokens each token looks at, (batch, heads, tokens, tokens), rows sum to 1: the weights that forward never shows."""
+        q, k, _ = self.project(x)
+        return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1)
 
 
 def sinusoid(places, dim):

@@ -6,6 +6,10 @@
     python probe.py folders --data DIR [--group REGEX]      your recordings, one sub-folder per class
     python probe.py csv --data labels.csv --audio DIR --label COLUMN [--split COLUMN] [--group COLUMN]
     python probe.py key SONG_OR_FOLDER... [--keys CSV]      keys without labels
+    python probe.py embed FOLDER... --out FILE.npz          class tokens of every track, for work of your own
+    python probe.py show SONG [--out DIR]                   figures: what it sees, hears, looks at and finds alike
+    python probe.py map --data DIR [--keys CSV]             a folder of music on a plane, by each class token
+    python probe.py emergence [--data DIR]                  what its inside knows though nobody asked: chords, beats, onsets
     python probe.py compare A.json B.json...                runs side by side
 
 The story: tasks (whose files, whose labels) -> features (frozen, cached) -> probe (the only thing trained) -> metrics.
@@ -43,9 +47,11 @@ A row is evidence only if it beats raw and untrained: pooled spectrograms alread
 import argparse
 import csv
 import hashlib
+import io
 import json
 import os
 import re
+import sys
 import time
 from collections import Counter, namedtuple
 from itertools import product
@@ -56,9 +62,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (AUDIO_SUFFIXES, DYNAMIC_RANGE, FMIN, HOP, MAX_CROP, N_BINS, PITCH_CROP, SAMPLE_RATE, SEGMENT, SYNTH_SPLITS,
+from data import (AUDIO_SUFFIXES, CROP_BINS, DYNAMIC_RANGE, FMIN, HOP, MAX_CROP, N_BINS, PITCH_CROP, SAMPLE_RATE, SEGMENT, SYNTH_SPLITS,
                   TIMBRES, FrontEnd, InputError, audio_to_frames, compose, crop_views, find_audio, prepare_files,
-                  prepare_folders, prepare_synth, read_audio, render_note, run_cli)
+                  prepare_folders, prepare_synth, read_audio, render_note, run_cli, write_atomic)
 from model import MT2, load_checkpoint, pick_amp
 
 SEEDS = 5
@@ -1110,7 +1116,12 @@ def probe_global(rows, owner, tracks, targets, grid, shares, report):
     return results, chance, predictions
 
 
-def frame_labels(kind, path, count):
+def opened(kind, label):
+    """A local task's label: read from its file, or as it is (the embedded songs have no files)."""
+    return label if not isinstance(label, Path) else read_intervals(label) if kind == "chords" else read_times(label)
+
+
+def frame_labels(kind, label, count):
     """What is true of the frames of a track, (count,): chord classes, or 1.0 within a frame of a beat; -1 = not scored.
 
     A frame on a chord's boundary belongs to the chord that starts there. Beat frames are learnt from one beat period
@@ -1119,10 +1130,10 @@ def frame_labels(kind, path, count):
     times = np.arange(count) * FRAME_SECONDS
     labels = np.full(count, -1)
     if kind == "chords":
-        for start, end, chord in read_intervals(path):
+        for start, end, chord in opened(kind, label):
             labels[(times >= start) & (times < end)] = chord
         return labels
-    beats = read_times(path)
+    beats = opened(kind, label)
     beats = beats[beats < count * FRAME_SECONDS]
     if len(beats) < 2:
         return labels
@@ -1133,7 +1144,7 @@ def frame_labels(kind, path, count):
     return labels
 
 
-def probe_local(rows, owner, tracks, kind):
+def probe_local(rows, owner, tracks, kind, seeds=SEEDS):
     """Probe every frame: like probe_global, for chords and beats. rows {row: (frames, dim)}, owner (frames,)."""
     starts = np.searchsorted(owner, np.arange(len(tracks) + 1))
     y = torch.from_numpy(np.concatenate([frame_labels(kind, t.labels[kind], starts[i + 1] - starts[i]) for i, t in enumerate(tracks)]))
@@ -1144,9 +1155,9 @@ def probe_local(rows, owner, tracks, kind):
     else:
         target = torch.where(y < 0, torch.nan, y.float())[:, None]
         score = lambda outputs, numbers: -float(F.binary_cross_entropy_with_logits(outputs, target[numbers], reduction="none").nanmean())
-        truth = [read_times(t.labels[kind]) for t in tracks]
+        truth = [opened(kind, t.labels[kind]) for t in tracks]
         truth = [beats[beats < (starts[i + 1] - starts[i]) * FRAME_SECONDS] for i, beats in enumerate(truth)]
-    splits = splits_of(tracks)
+    splits = splits_of(tracks)[:seeds]
     results, configuration, reading = {}, dict(LINEAR, batch=FRAMES["batch"]), {k: FRAMES[k] for k in ("every", "patience")}
     chance = {}
     for name, x in tqdm(rows.items(), desc="probes", unit="row"):
@@ -1258,6 +1269,23 @@ def print_comparison(paths):
         print_table(column, merged, {run: chance[column] for run, (_, chance) in zip(names, runs) if column in chance})
 
 
+def pyplot():
+    """matplotlib.pyplot, for figures, or None where it is not installed: one line says so, and the numbers are printed anyway."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no figures without matplotlib: pip install matplotlib")
+        return None
+    return plt
+
+
+def save_figure(plt, figure, path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(f"figure in {path}")
+
+
 def print_confusion(outputs, truth, names, path):
     """How often a class (line) is taken for another (column), of one seed's test tracks; keys also by relation."""
     estimate = outputs.argmax(axis=1)
@@ -1273,17 +1301,14 @@ def print_confusion(outputs, truth, names, path):
         relations = {"same": weight == 1, "fifth above": (weight == 0.5) & (up == 7), "fifth below": (weight == 0.5) & (up == 5),
                      "relative": weight == 0.3, "parallel": weight == 0.2, "other": weight == 0}
         print(", ".join(f"{name} {100 * hit.mean():.1f} %" for name, hit in relations.items()))
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:  # an extra: the text above says it all
+    plt = pyplot()
+    if plt is None:
         return
-    figure, axes = plt.subplots(figsize=(8, 8))
+    figure, axes = plt.subplots(figsize=(8, 8), layout="constrained")
     axes.imshow(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), cmap="magma")
     axes.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names, xlabel="estimated", ylabel="true")
     axes.tick_params(axis="x", rotation=90)
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
-    print(f"figure in {path}")
+    save_figure(plt, figure, path)
 
 
 # ---------------------------------------------------------------- key without labels
@@ -1357,6 +1382,305 @@ def template_keys(tracks):
             fits = [np.corrcoef(chroma, np.roll(KRUMHANSL[mode], tonic))[0, 1] for mode in ("major", "minor") for tonic in range(12)]
         answers.append(int(np.nanargmax(fits)) if np.isfinite(fits).any() else 0)
     return np.array(answers)
+
+
+# ---------------------------------------------------------------- embeddings of a folder
+
+BLOCK = 64  # tracks between two files of the cache (our choice)
+
+
+def embed(model, store, device):
+    """What the network says of a whole store, window by window: (rows, owner, time).
+
+    rows {class token or "sequence": (windows, dim) float32}, owner (windows,) the track of each window, time (windows,) the
+    seconds at which it starts. Every block of 64 tracks is a file of the feature cache: a killed run goes on at its block.
+    """
+    spans = [cut_windows(n) for n in store.lengths]
+    blocks = np.split(np.arange(len(spans)), range(BLOCK, len(spans), BLOCK))
+    parts = [cached(model, store, block, device, [model.config["depth"]], False, None)
+             for block in tqdm(blocks, desc="embedding", unit=f"{BLOCK} tracks")]
+    tokens, sequence = (torch.cat([part[name][:, 0] for part in parts]).float() for name in ("tokens", "sequence"))
+    rows = {name: tokens[:, i] for i, name in enumerate(model.tokens[:model.class_token_count])} | {"sequence": sequence}
+    time = np.array([start for cuts in spans for start, _ in cuts]) * FRAME_SECONDS
+    return rows, np.repeat(np.arange(len(spans)), [len(cuts) for cuts in spans]), time
+
+
+def embed_tracks(model, store, device):
+    """embed(), averaged over the windows of each track: {class token or "sequence": (tracks, dim)}."""
+    rows, owner, _ = embed(model, store, device)
+    return {name: track_mean(x, torch.from_numpy(owner), len(store.paths)) for name, x in rows.items()}
+
+
+# ---------------------------------------------------------------- inside one song: attention, key, likeness
+
+
+@torch.inference_mode()
+def class_attention(model, tracks, device):
+    """How much each class token looks at each frame of every whole window: (windows, layers, tokens, heads, 126).
+
+    Entry i of the layers belongs to block i + 1. The weights of a token, those on class tokens included, sum to 1.
+    """
+    first, spans = model.class_token_count, [cut_windows(len(t)) for t in tracks]
+    found = torch.empty(sum(map(len, spans)), len(model.blocks), first, model.config["heads"], SEGMENT)
+    for indices, windows in window_batches(tracks, spans):
+        inside = model(*views_of(windows, device), layers=range(len(model.blocks)))[1]  # what goes into each block
+        weights = [block.attention(inside[i])[:, :, :first, first:] for i, block in enumerate(model.blocks)]
+        found[indices] = torch.stack(weights, dim=1).transpose(2, 3).cpu()
+    return found
+
+
+def onset_envelope(frames):
+    """Spectral flux: how much the mel rises from the frame before, mean over its bands, in dB. (frames, 224) uint8 -> (frames,)."""
+    mel = torch.from_numpy(frames[:, N_BINS:].astype(np.float32)) * (DYNAMIC_RANGE / 255)
+    return F.pad(mel.diff(dim=0).clamp(min=0).mean(dim=1), (1, 0))
+
+
+def onset_windows(tracks):
+    """The onset envelope of every whole window, (windows, 126): taken of the track, then cut."""
+    return torch.cat([onset_envelope(t)[:len(t) // SEGMENT * SEGMENT].view(-1, SEGMENT) for t in tracks])
+
+
+def correlations(x, envelope):
+    """Pearson's r of x (..., frames) with the envelope (..., frames) moved round by 0, 1, 2 ... frames, (..., frames).
+
+    Entry 0 is the correlation, the others say what a rhythm that is not this one gets. All shifts at once: a correlation
+    in time is a product of spectra.
+    """
+    x, envelope = (F.normalize(y - y.mean(dim=-1, keepdim=True), dim=-1) for y in (x, envelope))
+    return torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(envelope).conj(), n=x.shape[-1])
+
+
+def shift_chance(r):
+    """Chance of a mean correlation: r (windows, ..., shifts) -> (100, ...), each a mean with another random shift in every window."""
+    draws = torch.from_numpy(np.random.default_rng(0).integers(1, r.shape[-1], (100, len(r))))
+    return torch.stack([r[torch.arange(len(r)), ..., draw].mean(dim=0) for draw in draws])
+
+
+def key_course(model, frames, device):
+    """Probabilities of the 12 key signatures in each 4 s window, (windows, 12), calibrated."""
+    windows = [frames[start:stop] for start, stop in cut_windows(len(frames))]
+    return turn(key_outputs(model, windows, device), -calibrate(model, device)).unflatten(1, (-1, 12)).sum(dim=1)
+
+
+def self_similarity(x, size):
+    """Cosine of every cell of `size` frames of a song with every other: x (frames, dim) -> (cells, cells).
+
+    All moments of a song share most of their vector, so the song's mean is taken away first: what is left is what changes.
+    """
+    x = x[:len(x) // size * size].float().unflatten(0, (-1, size)).mean(dim=1)       # (cells, dim)
+    x = F.normalize(x - x.mean(dim=0), dim=-1)
+    return x @ x.T
+
+
+def clock(seconds):
+    """75.2 -> '1:15'."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def need_frames(model, command):
+    """Raises InputError for a network whose tokens are not frames, or that has no class tokens."""
+    if model.patches != [None] or model.pool != "token":
+        raise InputError(f"{command}: follows class tokens over frames; this network was trained with --patch {model.config['patch']} "
+                         f"--pool {model.pool}, give one with --patch 1 and --pool token")
+
+
+# ---------------------------------------------------------------- figures
+
+FIFTHS = [7 * i % 12 for i in range(12)]  # C G D A E B Gb Db Ab Eb Bb F: neighbours share six of seven notes
+FIFTH_NAMES = "C/a G/e D/b A/f# E/c# B/g# Gb/eb Db/bb Ab/f Eb/c Bb/g F/d".split()
+
+
+def draw_front_end(plt, frames):
+    """CQT and mel of twelve seconds from the middle of a song, with the crops that two transposed views see."""
+    begin = max(0, len(frames) // 2 - 3 * SEGMENT // 2)
+    part = frames[begin:begin + 3 * SEGMENT].T * (DYNAMIC_RANGE / 255) - DYNAMIC_RANGE             # (224, frames) dB
+    left, right = begin * FRAME_SECONDS, (begin + part.shape[1]) * FRAME_SECONDS
+    figure, panels = plt.subplots(2, 1, figsize=(11, 8), sharex=True, layout="constrained")
+    for axes, image in zip(panels, (part[:N_BINS], part[N_BINS:])):
+        drawn = axes.imshow(image, origin="lower", aspect="auto", cmap="magma", extent=(left, right, -0.5, len(image) - 0.5))
+        figure.colorbar(drawn, ax=axes, label="level, dB", pad=0.01)
+    cqt, mel = panels
+    for crop, inset, colour in ((1, 0.1, "cyan"), (MAX_CROP - 1, 0.3, "lime")):
+        cqt.add_patch(plt.Rectangle((left + inset, crop - 0.5), right - left - 2 * inset, CROP_BINS, fill=False, ec=colour, lw=2))
+        cqt.text(left + inset + 0.1, crop + 1, f"crop {crop}", color=colour, va="bottom", weight="bold", backgroundcolor="black")
+    octaves = range(round(12 * np.log2(440 / FMIN)) - 45, N_BINS, 12)                              # bins of C1, C2 ...: 45 semitones below A4
+    cqt.set(yticks=octaves, yticklabels=[f"C{i + 1}" for i in range(len(octaves))], ylabel="note")
+    shift = MAX_CROP - 2
+    cqt.set_title(f"CQT, a bin a semitone. The boxes are two views: in the green one the same music lies {shift} bins lower, so it sounds\n"
+                  f"{shift} semitones lower. Look for chords as stacks of lines that keep their shape when they move.", loc="left", fontsize=10)
+    hertz, filters = (125, 250, 500, 1000, 2000, 4000), FrontEnd().mel.filters
+    centre = filters.argmax(dim=1).numpy() * SAMPLE_RATE / 2 / (filters.shape[1] - 1)              # (128,) Hz
+    mel.set(yticks=np.searchsorted(centre, hertz), yticklabels=hertz, ylabel="frequency, Hz", xlabel="time, s")
+    mel.set_title("Mel spectrogram: never cropped. Look for timbre: vertical lines are attacks, clouds are drums and breath.", loc="left", fontsize=10)
+    return figure
+
+
+def draw_key(plt, course):
+    """Key signatures over time on the circle of fifths. course (windows, 12)."""
+    seconds, best = SEGMENT * FRAME_SECONDS, course.argmax(dim=1).tolist()
+    figure, axes = plt.subplots(figsize=(11, 4.5), layout="constrained")
+    drawn = axes.imshow(course[:, FIFTHS].T.numpy(), origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1,
+                        extent=(0, len(best) * seconds, -0.5, 11.5))
+    axes.plot((np.arange(len(best)) + 0.5) * seconds, [FIFTHS.index(k) for k in best], ".", color="crimson", ms=5)
+    axes.set(yticks=range(12), yticklabels=FIFTH_NAMES, xlabel="time, s", ylabel="key signature, by fifths")
+    axes.set_title("Key by the class token, no labels; the dot is the likeliest signature of each 4 s. Look for steps: a steady row is one\n"
+                   "key, a step to the next row a modulation by a fifth; two dark rows at once are a doubt between the two.", loc="left", fontsize=10)
+    figure.colorbar(drawn, ax=axes, label="probability", pad=0.01)
+    return figure
+
+
+def draw_attention(plt, names, attention, envelope, r, start):
+    """attention (windows, layers, tokens, 126), envelope (windows, 126) dB, r (layers, tokens), start: s of the first window."""
+    windows, layers, tokens, _ = attention.shape
+    attention, envelope = SEGMENT * attention.permute(1, 2, 0, 3).flatten(2).numpy(), envelope.flatten().numpy()  # multiples of an even share
+    end = start + windows * SEGMENT * FRAME_SECONDS
+    figure, panels = plt.subplots(1 + tokens, 1, figsize=(11, 2 + (0.8 + 0.3 * layers) * tokens), sharex=True, layout="constrained",
+                                  height_ratios=[1.2] + [0.5 + 0.3 * layers] * tokens)
+    panels[0].fill_between(np.linspace(start, end, len(envelope), endpoint=False), envelope, step="post", lw=0, color="black")
+    panels[0].set(ylabel="rise, dB", ylim=(0, None))
+    panels[0].set_title("Onsets: mean rise of the mel from frame to frame (dotted: where windows meet)", loc="left", fontsize=10)
+    for t, axes in enumerate(panels[1:]):
+        drawn = axes.imshow(attention[:, t], origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=np.quantile(attention[:, t], 0.99),
+                            extent=(start, end, 0.5, layers + 0.5), interpolation="nearest")
+        axes.set(yticks=range(1, layers + 1), yticklabels=[f"{i + 1}  (r = {r[i, t]:.2f})" for i in range(layers)], ylabel="layer")
+        axes.set_title(f"Where the {names[t]} token looks (r: correlation with the onsets, whole song). Look for columns under the peaks.",
+                       loc="left", fontsize=10)
+        figure.colorbar(drawn, ax=axes, label="x even share", pad=0.01)
+    for axes in panels:
+        for border in range(1, windows):
+            axes.axvline(start + border * SEGMENT * FRAME_SECONDS, color="grey", ls=":", lw=1)
+    panels[-1].set(xlabel="time, s")
+    return figure
+
+
+def draw_similarity(plt, matrices, seconds):
+    """matrices {title: (cells, cells)}, seconds of a cell."""
+    figure, panels = plt.subplots(1, len(matrices), figsize=(4 * len(matrices), 4.6), sharey=True, layout="constrained", squeeze=False)
+    for axes, (title, matrix) in zip(panels[0], matrices.items()):
+        end = len(matrix) * seconds
+        drawn = axes.imshow(matrix.numpy(), origin="lower", cmap="RdBu_r", vmin=-1, vmax=1, extent=(0, end, 0, end))
+        axes.set(xlabel="time, s")
+        axes.set_title(title, fontsize=10)
+    panels[0][0].set(ylabel="time, s")
+    figure.colorbar(drawn, ax=panels[0], label="cosine, mean of the song removed", pad=0.01)
+    figure.suptitle("Which moments are alike. Look for blocks: sections; for stripes beside the diagonal: repeats, as far away as they come back.",
+                    fontsize=10)
+    return figure
+
+
+def principal(x):
+    """x (tracks, dim) -> (tracks, 2) along its two widest directions (PCA), and the share of the variance of each.
+
+    A direction has no sign of its own: its largest weight is made positive.
+    """
+    u, s, v = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
+    sign = v[:2].gather(1, v[:2].abs().argmax(dim=1, keepdim=True)).sign()[:, 0]
+    return u[:, :2] * s[:2] * sign, (s[:2] ** 2 / s.square().sum()).tolist()
+
+
+def draw_map(plt, points, labels, by):
+    """points {name: ((tracks, 2), shares)}, first half trained, second untrained; labels [str] one a track, by: folder or key."""
+    names = [n for n in FIFTH_NAMES if n in labels] if by == "key" else sorted(set(labels))
+    colour = {n: plt.cm.hsv(FIFTH_NAMES.index(n) / 12) if by == "key" else plt.cm.tab20(i % 20) for i, n in enumerate(names)}
+    figure, panels = plt.subplots(2, len(points) // 2, figsize=(1 + 2.4 * len(points), 9), layout="constrained", squeeze=False)
+    for axes, (name, (places, shares)) in zip(panels.flat, points.items()):
+        for label in ["?"] * ("?" in labels) + names:
+            mine = np.array(labels) == label
+            axes.scatter(*places.numpy()[mine].T, s=22, color=colour.get(label, "lightgrey"), label=label, edgecolor="white", lw=0.4)
+        axes.set(xlabel=f"first direction ({100 * shares[0]:.0f} % of the variance)", ylabel=f"second direction ({100 * shares[1]:.0f} %)")
+        axes.set_title(f"{name}: a dot is a track, colour its {by}", loc="left", fontsize=10)
+    figure.legend(*axes.get_legend_handles_labels(), title=by, loc="outside right center", frameon=False, fontsize=8)
+    figure.suptitle("PCA of the tracks. Look for colours that keep together above and not below: that was learnt.", fontsize=10)
+    return figure
+
+
+# ---------------------------------------------------------------- emergence
+
+EMERGENCE_SONGS = (64, 16, 32)  # train, valid, test: enough to compare layers in a minute (our choice)
+
+
+def synth_labelled():
+    """A part of the embedded songs with their scores as labels: (store, track numbers, tracks)."""
+    store, numbers, tracks = prepare_synth(), [], []
+    for (part, every), count in zip(SYNTH_SPLITS.items(), EMERGENCE_SONGS):
+        for i in every[:count]:
+            song = compose(i)
+            numbers.append(i)
+            tracks.append(Track(store.paths[i], None, dict(chords=song["chords"], beats=np.array(song["beats"])), part, str(i)))
+    return store, np.array(numbers), tracks
+
+
+def folder_labelled(args):
+    """Songs of 4 s and more below --data, those with .lab or .beats files where there are any, at most 112: (store, track numbers, tracks)."""
+    merged = {}
+    for kind in LOCAL:
+        for t in TASKS[kind].read(Files([args.data])):
+            if t.path:
+                merged.setdefault(t.path, t._replace(labels={}, split=None)).labels.update(t.labels)
+    if not merged:
+        print("no .lab (chords) or .beats files beside the songs: onsets alone, which need no labels")
+        merged = {path: Track(name, path, {}, None, name) for name, path in find_audio([args.data])}
+    tracks = sorted(merged.values(), key=lambda t: (hashed(t.name, 1 << 32), t.name))[:sum(EMERGENCE_SONGS)]
+    store, numbers, tracks, _ = open_tracks(args, tracks)
+    whole = np.flatnonzero(store.lengths[numbers] >= SEGMENT)
+    if len(whole) == 0:
+        raise InputError(f"{args.data}: every song is shorter than one window of 4 s; give longer recordings")
+    print(f"{len(whole)} of {len(merged)} songs")
+    return store, numbers[whole], [tracks[i] for i in whole]
+
+
+def emergence_of_labels(model, store, numbers, tracks, device):
+    """Linear probes of chords and beats on each frame's own token, layer by layer: ({row: {column: cell}}, chance)."""
+    depth, results, chance = model.config["depth"], {}, {}
+    if not any(t.labels for t in tracks):
+        return results, chance
+    # The blocks of a fresh network add nothing, so one of its layers stands for all.
+    row_of = {f"sequence L{i}": f"layer {i}" for i in range(depth + 1)} | {f"untrained sequence L{depth}": f"untrained layer {depth}", "raw": "raw"}
+    frames, owner = all_rows(model, store, numbers, device, list(range(depth + 1)), per_frame=True)
+    for kind in LOCAL:
+        mine, metric = [i for i, t in enumerate(tracks) if kind in t.labels], next(iter(metrics_of(kind, None)))
+        if mine:
+            keep = np.isin(owner, mine)
+            rows = {row_of[name]: x[keep] for name, x in frames.items() if name in row_of}
+            found, constant = probe_local(rows, np.searchsorted(mine, owner[keep]), [tracks[i] for i in mine], kind, seeds=1)
+            for name, cells in found.items():
+                results.setdefault(name, {})[f"{kind} {metric}"] = cells[metric]
+            chance |= {f"{kind} {metric}": value for name, value in constant.items() if name == metric}
+    return results, chance
+
+
+def emergence_of_onsets(model, songs, device, prefix=""):
+    """Correlation of each class token's attention with the onsets, its heads averaged: ({row: {column: cell}}, remarks).
+
+    Block i makes layer i, so its attention stands in that row. Songs are (frames, 224), of 4 s and more.
+    """
+    results, weights = {}, class_attention(model, songs, device)
+    each = correlations(weights, onset_windows(songs)[:, None, None, None])[..., 0].mean(dim=0)     # (layers, tokens, heads)
+    r = correlations(weights.mean(dim=3), onset_windows(songs)[:, None, None])                      # (windows, layers, tokens, shifts)
+    chance = shift_chance(r)                                                                        # (100, layers, tokens)
+    for i, t in product(range(r.shape[1]), range(r.shape[2])):
+        true, other = r[:, i, t, 0], chance[:, i, t]
+        row = results.setdefault(f"{prefix}layer {i + 1}", {})
+        row[f"{model.tokens[t]} ~ onsets"] = dict(mean=true.mean().item(), std=true.std().item())
+        row[f"{model.tokens[t]}, shifted"] = dict(mean=other.mean().item(), std=other.std().item(), interval=np.percentile(other, [2.5, 97.5]).tolist())
+    best = [divmod(each[:, t].abs().argmax().item(), each.shape[2]) for t in range(each.shape[1])]
+    return results, [f"{name}: the single head most tied to onsets is head {head + 1} of layer {layer + 1}, r = {each[layer, t, head]:.2f}"
+                     for t, (name, (layer, head)) in enumerate(zip(model.tokens, best))]
+
+
+def emergence(model, store, numbers, tracks, device):
+    """What each layer knows that nobody asked for: ({row: {column: cell}}, chance, remarks)."""
+    songs = [store.track(i) for i in numbers]
+    probed, chance = emergence_of_labels(model, store, numbers, tracks, device)
+    trained, remarks = emergence_of_onsets(model, songs, device)
+    fresh, _ = emergence_of_onsets(untrained(model, device), songs, device, "untrained ")
+    layers = [f"layer {i}" for i in range(len(model.blocks) + 1)]
+    results = {name: probed.get(name, {}) | trained.get(name, {}) | fresh.get(name, {}) for name in (*layers, *fresh, *probed.keys() & {"raw"})}
+    for column in results[layers[-1]]:
+        if not column.endswith("shifted"):
+            best = max((name for name in layers if column in results[name]), key=lambda name: abs(results[name][column]["mean"]))
+            remarks.append(f"{column}: strongest at {best} ({100 * results[best][column]['mean']:.1f})")
+    return results, chance, remarks
 
 
 # ---------------------------------------------------------------- commands
@@ -1580,6 +1904,20 @@ def name_of(probabilities):
     return f"{KEY_NAMES[best % 12]} {'major' if best < 12 else 'minor'}{relative} ({100 * probabilities[best]:.0f} %)"
 
 
+def read_keys(path):
+    """{file: key 0..23, or None where it names no single one} of a CSV with the columns file,key. Raises InputError."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return {row["file"]: parse_key(row["key"] or "") for row in csv.DictReader(file)}
+    except (OSError, KeyError, UnicodeDecodeError):
+        raise InputError(f"{path}: is not a readable CSV with the columns file,key") from None
+
+
+def below(path):
+    """A store's path without the name of the prepared folder: files in a CSV are named relative to it."""
+    return str(Path(*Path(path).parts[1:]))
+
+
 def print_key(checkpoint, device, songs, labels):
     """Key of each song, also per 15 s; with a CSV of keys, the score of the network, the untrained one and the template."""
     model = load_checkpoint(checkpoint, device)
@@ -1604,12 +1942,8 @@ def print_key(checkpoint, device, songs, labels):
                 print(f"    {15 * i // 60}:{15 * i % 60:02d}  {name_of(key)}")
         return
     store = prepare_folders(songs)
-    try:
-        with open(labels, newline="", encoding="utf-8-sig") as file:
-            keys = {row["file"]: parse_key(row["key"] or "") for row in csv.DictReader(file)}
-    except (OSError, KeyError, UnicodeDecodeError):
-        raise InputError(f"{labels}: is not a readable CSV with the columns file,key") from None
-    inside = {str(Path(*Path(p).parts[1:])): i for i, p in enumerate(store.paths)}  # paths in the CSV are relative to the folder
+    keys = read_keys(labels)
+    inside = {below(p): i for i, p in enumerate(store.paths)}
     found = {inside[f]: key for f, key in keys.items() if key is not None and f in inside}
     print(f"{len(found)} of {len(keys)} rows used: {sum(k is None for k in keys.values())} name no single key, "
           f"{sum(f not in inside for f in keys)} have no readable file")
@@ -1636,6 +1970,101 @@ def print_key(checkpoint, device, songs, labels):
     chance = {"signature": 1 / 12, "KSEA": 1 / 6, "accuracy": 1 / 24, "mode": 0.5}
     print_table(title, results, chance)
     write_json(Path(checkpoint).with_name(f"probe-key-{Path(songs[0]).resolve().name}.json"), title, results, chance)
+
+
+def write_embeddings(checkpoint, device, folders, out, windows):
+    """Class tokens and the sequence mean of every track below the folders, or of every 4 s window, as arrays of an npz."""
+    model, store = load_checkpoint(checkpoint, device), prepare_folders(folders)
+    start = time.perf_counter()
+    if windows:
+        rows, owner, times = embed(model, store, device)
+        extra = dict(track=owner, time=times.astype(np.float32))
+    else:
+        rows, extra = embed_tracks(model, store, device), {}
+    seconds, hours = time.perf_counter() - start, store.lengths.sum() * FRAME_SECONDS / 3600
+    file = io.BytesIO()
+    np.savez(file, paths=np.array(store.paths), **extra, **{name: x.numpy() for name, x in rows.items()})
+    write_atomic(out, file.getvalue())
+    print(f"{out}: {', '.join(f'{name} {tuple(x.shape)}' for name, x in rows.items())} of {len(store.paths)} tracks; {len(store.skipped)} files "
+          f"skipped, {store.folder}/index.jsonl says why\n{hours:.2f} h of prepared audio in {seconds:.1f} s, {3600 * hours / seconds:.0f} x real time (what is cached costs nothing)")
+
+
+def print_show(checkpoint, device, song, out):
+    """Look inside: the key of a song, where class tokens look and which moments are alike, in some lines and four figures."""
+    model = load_checkpoint(checkpoint, device)
+    need_frames(model, "show")
+    frames, depth, figures = audio_to_frames(read_audio(song), FrontEnd()), model.config["depth"], {}
+    if len(frames) < SEGMENT:
+        raise InputError(f"{song}: is shorter than one window of 4 s; give a longer recording")
+    plt = pyplot()
+    if plt:
+        figures["frontend"] = draw_front_end(plt, frames)
+    if model.key_token():
+        course = key_course(model, frames, device)
+        best = course.argmax(dim=1).tolist()
+        for i, (before, now) in enumerate(zip([None, *best], best)):
+            if now != before:
+                print(f"    {clock(i * SEGMENT * FRAME_SECONDS)}  {name_of(course[i])}")
+        if plt:
+            figures["key"] = draw_key(plt, course)
+
+    weights, envelope = class_attention(model, [frames], device).mean(dim=3), onset_windows([frames])
+    r = correlations(weights, envelope[:, None, None])[..., 0].mean(dim=0)               # (layers, tokens)
+    for t, name in enumerate(model.tokens):
+        print(f"{name} is most tied to onsets in layer {r[:, t].abs().argmax() + 1}; r by layer: {' '.join(f'{v:.2f}' for v in r[:, t])}")
+    if plt:
+        middle = slice(first := max(0, len(weights) // 2 - 2), first + 4)
+        figures["attention"] = draw_attention(plt, model.tokens, weights[middle], envelope[middle], r, first * SEGMENT * FRAME_SECONDS)
+
+    layers = sorted({1, (1 + depth) // 2, depth})
+    sequence = extract(model, [frames], device, layers, per_frame=True)["sequence"]      # (frames, layers, dim)
+    size = max(16, len(frames) // 1000)                                                  # half a second, more in recordings over 9 minutes
+    matrices = {"spectrogram": self_similarity(extract(None, [frames], device, per_frame=True)["raw"], size)}
+    matrices |= {f"layer {layer} of {depth}": self_similarity(sequence[:, i], size) for i, layer in enumerate(layers)}
+    for title, matrix in matrices.items():
+        lags = [matrix.diagonal(lag).mean().item() for lag in range(8, len(matrix) - 8)]  # eight cells: at least 4 s apart, 4 s long
+        if lags:
+            print(f"{title}: most like itself {(8 + np.argmax(lags)) * size * FRAME_SECONDS:.0f} s later (cosine {max(lags):.2f})")
+    if plt:
+        figures["similarity"] = draw_similarity(plt, matrices, size * FRAME_SECONDS)
+    folder = Path(out or f"{Path(song).stem}-figures")
+    for name, figure in figures.items():
+        save_figure(plt, figure, folder / f"{name}.png")
+
+
+def print_map(checkpoint, device, folder, keys, out):
+    """The tracks of a folder on a plane, by each class token, trained and not; without matplotlib as a CSV."""
+    model, store = load_checkpoint(checkpoint, device), prepare_folders([folder])
+    if len(store.paths) < 3:
+        raise InputError(f"{folder}: a map of {len(store.paths)} tracks shows nothing; give at least three")
+    points = {prefix + name: principal(x) for prefix, network in (("", model), ("untrained ", untrained(model, device)))
+              for name, x in embed_tracks(network, store, device).items() if name in model.tokens or not model.class_token_count}
+    labels = [Path(p).parts[1] if len(Path(p).parts) > 2 else "." for p in store.paths]
+    if keys:
+        known = read_keys(keys)
+        signatures = [known.get(below(p)) for p in store.paths]
+        labels = ["?" if key is None else FIFTH_NAMES[FIFTHS.index(signature_of(key))] for key in signatures]
+    plt = pyplot()
+    if plt:
+        return save_figure(plt, draw_map(plt, points, labels, "key" if keys else "folder"), out)
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["path", "label", *(f"{name} {axis}" for name in points for axis in (1, 2))])
+    for i, path in enumerate(store.paths):
+        table.writerow([path, labels[i], *(f"{v:.3f}" for places, _ in points.values() for v in places[i])])
+
+
+def print_emergence(args, checkpoint):
+    """The table of one network by layer, printed and written beside the checkpoint."""
+    model = load_checkpoint(checkpoint, args.device)
+    need_frames(model, "emergence")
+    store, numbers, tracks = folder_labelled(args) if args.data else synth_labelled()
+    results, chance, remarks = emergence(model, store, numbers, tracks, args.device)
+    title = (f"emergence: {checkpoint} on {len(tracks)} songs, in %; chords and beats: a linear probe on sequence tokens, one seed [95 % interval over\n"
+             "test songs]; token ~ onsets: 100 r of its attention with the onset envelope, ± over windows; shifted: the same with the envelope\n"
+             "moved round in each window, 100 times [where 95 % of them lie]")
+    print_table(title, results, chance)
+    print(*remarks, sep="\n")
+    write_json(Path(checkpoint).with_name(f"probe-emergence{f'-{Path(args.data).resolve().name}' if args.data else ''}.json"), title, results, chance)
 
 
 def newest_checkpoint():
@@ -1686,6 +2115,19 @@ def main():
     key = tasks.add_parser("key", parents=[network], help="keys without labels")
     key.add_argument("songs", nargs="+", help="audio files or folders")
     key.add_argument("--keys", help="CSV with columns file (path below the folder) and key ('F# minor')")
+    vectors = tasks.add_parser("embed", parents=[network], help="class tokens of every track, as an npz")
+    vectors.add_argument("folders", nargs="+", help="folders of audio files")
+    vectors.add_argument("--out", required=True, metavar="NPZ", help="file to write: arrays paths, one per class token, sequence")
+    vectors.add_argument("--windows", action="store_true", help="one row per 4 s window, with the arrays track and time")
+    show = tasks.add_parser("show", parents=[network], help="figures of one song")
+    show.add_argument("song", help="an audio file")
+    show.add_argument("--out", help="folder of the figures (default: SONG-figures)")
+    plane = tasks.add_parser("map", parents=[network], help="a folder of music on a plane")
+    plane.add_argument("--data", required=True, help="the folder; sub-folders are colours")
+    plane.add_argument("--keys", help="CSV with columns file (path below the folder) and key: keys are colours")
+    plane.add_argument("--out", default="map.png", metavar="PNG", help="the figure (default map.png)")
+    layers = tasks.add_parser("emergence", parents=[network], help="what each layer knows of chords, beats and onsets")
+    layers.add_argument("--data", help="folder of songs, with .lab and .beats files for chords and beats (default: the embedded songs)")
     tasks.add_parser("compare", help="tables side by side").add_argument("tables", nargs="+", help="JSON files that probe.py wrote")
     args = parser.parse_args()
     if args.task == "list":
@@ -1696,6 +2138,14 @@ def main():
         print_synth(args.checkpoint or newest_checkpoint(), args.device)
     elif args.task == "key":
         print_key(args.checkpoint or newest_checkpoint(), args.device, args.songs, args.keys)
+    elif args.task == "embed":
+        write_embeddings(args.checkpoint or newest_checkpoint(), args.device, args.folders, args.out, args.windows)
+    elif args.task == "show":
+        print_show(args.checkpoint or newest_checkpoint(), args.device, args.song, args.out)
+    elif args.task == "map":
+        print_map(args.checkpoint or newest_checkpoint(), args.device, args.data, args.keys, args.out)
+    elif args.task == "emergence":
+        print_emergence(args, args.checkpoint or newest_checkpoint())
     else:
         run_task(args)
 
