@@ -1578,19 +1578,20 @@ def principal(x):
     return u[:, :2] * s[:2] * sign, (s[:2] ** 2 / s.square().sum()).tolist()
 
 
-def draw_map(plt, points, labels, by):
-    """points {name: ((tracks, 2), shares)}, first half trained, second untrained; labels [str] one a track, by: folder or key."""
-    names = [n for n in FIFTH_NAMES if n in labels] if by == "key" else sorted(set(labels))
-    colour = {n: plt.cm.hsv(FIFTH_NAMES.index(n) / 12) if by == "key" else plt.cm.tab20(i % 20) for i, n in enumerate(names)}
-    figure, panels = plt.subplots(2, len(points) // 2, figsize=(1 + 2.4 * len(points), 9), layout="constrained", squeeze=False)
-    for axes, (name, (places, shares)) in zip(panels.flat, points.items()):
-        for label in ["?"] * ("?" in labels) + names:
-            mine = np.array(labels) == label
-            axes.scatter(*places.numpy()[mine].T, s=22, color=colour.get(label, "lightgrey"), label=label, edgecolor="white", lw=0.4)
-        axes.set(xlabel=f"first direction ({100 * shares[0]:.0f} % of the variance)", ylabel=f"second direction ({100 * shares[1]:.0f} %)")
-        axes.set_title(f"{name}: a dot is a track, colour its {by}", loc="left", fontsize=10)
-    figure.legend(*axes.get_legend_handles_labels(), title=by, loc="outside right center", frameon=False, fontsize=8)
-    figure.suptitle("PCA of the tracks. Look for colours that keep together above and not below: that was learnt.", fontsize=10)
+def draw_map(plt, rows):
+    """rows [(points {name: ((tracks, 2), shares)}, labels [str] one a track, by: key, folder or instrument)], one row of panels each."""
+    figure, panels = plt.subplots(len(rows), len(rows[0][0]), figsize=(1 + 4.8 * len(rows[0][0]), 9), layout="constrained", squeeze=False)
+    for line, (points, labels, by) in zip(panels, rows):
+        names = [n for n in FIFTH_NAMES if n in labels] if by == "key" else sorted(set(labels))
+        colour = {n: plt.cm.hsv(FIFTH_NAMES.index(n) / 12) if by == "key" else plt.cm.tab20(i % 20) for i, n in enumerate(names)}
+        for axes, (name, (places, shares)) in zip(line, points.items()):
+            for label in ["?"] * ("?" in labels) + names:
+                mine = np.array(labels) == label
+                axes.scatter(*places.numpy()[mine].T, s=22, color=colour.get(label, "lightgrey"), label=label, edgecolor="white", lw=0.4)
+            axes.set(xlabel=f"first direction ({100 * shares[0]:.0f} % of the variance)", ylabel=f"second direction ({100 * shares[1]:.0f} %)")
+            axes.set_title(f"{name}: a dot is a track, colour its {by}", loc="left", fontsize=10)
+        axes.legend(title=by, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    figure.suptitle("PCA of the tracks by each token. Look for colours that keep together: what tells them apart, the token knows.", fontsize=10)
     return figure
 
 
@@ -2033,24 +2034,36 @@ def print_show(checkpoint, device, song, out):
 
 
 def print_map(checkpoint, device, folder, keys, out):
-    """The tracks of a folder on a plane, by each class token, trained and not; without matplotlib as a CSV."""
-    model, store = load_checkpoint(checkpoint, device), prepare_folders([folder])
+    """Tracks on a plane, by each class token: a folder's, trained above untrained, or the embedded songs, by key above by instrument.
+
+    Without matplotlib the places are printed as a CSV.
+    """
+    model = load_checkpoint(checkpoint, device)
+    if folder:
+        store = prepare_folders([folder])
+        labels, by = [Path(p).parts[1] if len(Path(p).parts) > 2 else "." for p in store.paths], "folder"
+        if keys:
+            signatures, by = [read_keys(keys).get(below(p)) for p in store.paths], "key"
+            labels = ["?" if key is None else FIFTH_NAMES[FIFTHS.index(signature_of(key))] for key in signatures]
+    else:
+        store, songs = prepare_synth(), [compose(i) for i in SYNTH_SPLITS["test"]]
+        cut = slice(SYNTH_SPLITS["test"].start, SYNTH_SPLITS["test"].stop)
+        store.paths, store.starts, store.lengths = store.paths[cut], store.starts[cut], store.lengths[cut]
+        labels, by = [FIFTH_NAMES[FIFTHS.index(song["signature"])] for song in songs], "key"
     if len(store.paths) < 3:
         raise InputError(f"{folder}: a map of {len(store.paths)} tracks shows nothing; give at least three")
-    points = {prefix + name: principal(x) for prefix, network in (("", model), ("untrained ", untrained(model, device)))
-              for name, x in embed_tracks(network, store, device).items() if name in model.tokens or not model.class_token_count}
-    labels = [Path(p).parts[1] if len(Path(p).parts) > 2 else "." for p in store.paths]
-    if keys:
-        known = read_keys(keys)
-        signatures = [known.get(below(p)) for p in store.paths]
-        labels = ["?" if key is None else FIFTH_NAMES[FIFTHS.index(signature_of(key))] for key in signatures]
+    places = lambda network, prefix="": {prefix + name: principal(x) for name, x in embed_tracks(network, store, device).items()
+                                         if name in model.tokens or not model.class_token_count}
+    rows = [(places(model), labels, by)]
+    rows += [(places(untrained(model, device), "untrained "), labels, by) if folder else (rows[0][0], [TIMBRES[song["instrument"]] for song in songs], "instrument")]
     plt = pyplot()
     if plt:
-        return save_figure(plt, draw_map(plt, points, labels, "key" if keys else "folder"), out)
+        return save_figure(plt, draw_map(plt, rows), out)
+    points = {name: xy for row, _, _ in rows for name, (xy, _) in row.items()}
     table = csv.writer(sys.stdout, lineterminator="\n")
-    table.writerow(["path", "label", *(f"{name} {axis}" for name in points for axis in (1, 2))])
+    table.writerow(["path", by, *(f"{name} {axis}" for name in points for axis in (1, 2))])
     for i, path in enumerate(store.paths):
-        table.writerow([path, labels[i], *(f"{v:.3f}" for places, _ in points.values() for v in places[i])])
+        table.writerow([path, labels[i], *(f"{v:.3f}" for xy in points.values() for v in xy[i])])
 
 
 def print_emergence(args, checkpoint):
@@ -2123,7 +2136,7 @@ def main():
     show.add_argument("song", help="an audio file")
     show.add_argument("--out", help="folder of the figures (default: SONG-figures)")
     plane = tasks.add_parser("map", parents=[network], help="a folder of music on a plane")
-    plane.add_argument("--data", required=True, help="the folder; sub-folders are colours")
+    plane.add_argument("--data", help="the folder; sub-folders are colours (default: the embedded songs)")
     plane.add_argument("--keys", help="CSV with columns file (path below the folder) and key: keys are colours")
     plane.add_argument("--out", default="map.png", metavar="PNG", help="the figure (default map.png)")
     layers = tasks.add_parser("emergence", parents=[network], help="what each layer knows of chords, beats and onsets")

@@ -237,7 +237,7 @@ def table_of(text):
 def test_map_in_numbers(excerpts, checkpoint, monkeypatch, capsys, plain):  # noqa: F811
     command(monkeypatch, "map", "--data", excerpts, "--checkpoint", checkpoint)
     rows = table_of(capsys.readouterr().out)
-    assert [row["label"] for row in rows] == [f"song{i}" for i in range(4) for _ in range(3)]
+    assert [row["folder"] for row in rows] == [f"song{i}" for i in range(4) for _ in range(3)]
     command(monkeypatch, "embed", excerpts, "--out", "e.npz", "--checkpoint", checkpoint)
     places = probe.principal(torch.from_numpy(arrays("e.npz")["ntxent"]))[0]
     same(torch.tensor([[float(row["ntxent 1"]), float(row["ntxent 2"])] for row in rows]), places, 2e-3)
@@ -245,13 +245,22 @@ def test_map_in_numbers(excerpts, checkpoint, monkeypatch, capsys, plain):  # no
     capsys.readouterr()
     (checkpoint.parent / "keys.csv").write_text("file,key\nsong0/1.wav,A minor\nsong3/2.wav,F# major\nsong1/0.wav,X\n")
     command(monkeypatch, "map", "--data", excerpts, "--keys", "keys.csv", "--checkpoint", checkpoint)
-    labels = {row["path"]: row["label"] for row in table_of(capsys.readouterr().out)}
+    labels = {row["path"]: row["key"] for row in table_of(capsys.readouterr().out)}
     assert labels.pop("songs/song0/1.wav") == "C/a" and labels.pop("songs/song3/2.wav") == "Gb/eb" and set(labels.values()) == {"?"}
     for name in ("0.wav", "1.wav"):
         with pytest.raises(data.InputError, match="give at least three|no audio file"):
             (checkpoint.parent / "few").mkdir(exist_ok=True)
             command(monkeypatch, "map", "--data", "few", "--checkpoint", checkpoint)
         (checkpoint.parent / "few" / name).write_bytes((excerpts / "song0" / name).read_bytes())
+
+
+def test_map_of_the_embedded_songs(checkpoint, monkeypatch, capsys, plain):  # noqa: F811
+    monkeypatch.setattr(probe, "SYNTH_SPLITS", {"test": range(2, 6)})
+    monkeypatch.setattr(probe, "prepare_synth", lambda: data.prepare_synth(6, checkpoint.parent / "synth"))
+    command(monkeypatch, "map", "--checkpoint", checkpoint)
+    rows = table_of(capsys.readouterr().out)
+    assert [row["path"] for row in rows] == [f"synth/{i:05d}" for i in range(2, 6)]
+    assert [probe.FIFTHS[probe.FIFTH_NAMES.index(row["key"])] for row in rows] == [data.compose(i)["signature"] for i in range(2, 6)]
 
 
 def test_map_in_a_figure(excerpts, checkpoint, monkeypatch, drawing):  # noqa: F811
