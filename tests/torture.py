@@ -1,0 +1,167 @@
+"""What we break on purpose: python tests/torture.py [fuzz] [kill] [disk] [soak]   (all of them without a word; a quarter of an hour; Linux)
+
+    fuzz   thousands of mutated files of each format: audio or one InputError, never a crash, a hang or a gigabyte
+    kill   preparing, training and probing, killed (-9) twenty times each: the end equals that of an undisturbed run
+    disk   a full disk and a read-only folder: one line, exit code 2, and with room again the same end
+    soak   a thousand training steps: memory at step 1,000 is that of step 100
+
+Everything happens in a temporary folder. Not part of the test suite; what it found has a test there.
+"""
+import argparse
+import faulthandler
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+
+# ---------------------------------------------------------------- fuzz
+
+FORMATS = {"wav": {}, "flac": {}, "ogg": {}, "opus": dict(format="OGG", subtype="OPUS"), "mp3": {}, "au": {}, "aiff": {}}
+FILE_SECONDS = 10     # a file that takes longer hangs
+FILE_MEMORY = 2 ** 30
+
+
+def originals(suffix, folder):
+    """Bytes of four healthy files of 1.5 s: mono and stereo, low and high rates."""
+    t = np.arange(48000 * 3 // 2)
+    found = []
+    for rate, channels in ((48000, 2), (16000, 1), (8000 if suffix == "opus" else 44100, 1), (24000, 2)):
+        wave = 0.3 * np.sin(0.05 * t[:rate * 3 // 2]) + 0.05 * np.random.default_rng(0).standard_normal(rate * 3 // 2)
+        path = Path(folder) / f"original.{suffix}"
+        sf.write(path, np.stack([wave] * channels, axis=1), rate, **FORMATS[suffix])
+        found.append(path.read_bytes())
+    return found
+
+
+def ogg_checksums(b):
+    """Every page of an ogg gets the checksum of what it holds now: otherwise the decoder behind it never sees the injury."""
+    table = [0] * 256
+    for i in range(256):
+        value = i << 24
+        for _ in range(8):
+            value = value << 1 ^ (0x104C11DB7 if value >> 31 else 0)
+        table[i] = value
+    pages = [m.start() for m in re.finditer(b"OggS", b)] + [len(b)]
+    for start, end in zip(pages, pages[1:]):
+        if end - start > 27:
+            b[start + 22:start + 26] = bytes(4)
+            crc = 0
+            for byte in b[start:end]:
+                crc = crc << 8 & 0xFFFFFFFF ^ table[crc >> 24 ^ byte]
+            b[start + 22:start + 26] = crc.to_bytes(4, "little")
+
+
+def mutate(original, rng):
+    """One to four injuries: flipped bits, odd bytes and absurd integers (most of them in the header), holes, repeats, cuts."""
+    b = bytearray(original)
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        if not b:
+            break
+        at = int(rng.integers(min(len(b), rng.choice([64, 512, len(b)]))))
+        size = int(2 ** rng.uniform(0, 12))
+        match rng.integers(7):
+            case 0:
+                b[at] ^= 1 << int(rng.integers(8))
+            case 1:
+                b[at] = int(rng.choice([0, 1, 127, 128, 255]))
+            case 2:  # what a field of a header may hold: largest, negative, zero
+                width = int(rng.choice([2, 4, 8]))
+                value = int(rng.choice([0, 1, 2 ** (8 * width - 1) - 1, 2 ** (8 * width - 1), 2 ** (8 * width) - 1], p=[.2] * 5)) if width < 8 \
+                    else (0, 1, 2 ** 63 - 1, 2 ** 63, 2 ** 64 - 1)[rng.integers(5)]
+                b[at:at + width] = value.to_bytes(width, ("little", "big")[rng.integers(2)])
+            case 3:
+                b[at:at + size] = bytes(min(size, len(b) - at))
+            case 4:
+                b[at:at] = b[at:at + size] * int(rng.integers(1, 9))
+            case 5:
+                b[at:at + size] = rng.bytes(size)
+            case 6:
+                del b[at + size if rng.random() < 0.5 else at:]
+    if rng.random() < 0.5:
+        ogg_checksums(b)
+    return bytes(b)
+
+
+def status(key, pid="self"):
+    """A line of /proc/PID/status in bytes: VmRSS now, VmHWM the largest so far, VmSize the address space."""
+    return int(re.search(rf"{key}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) * 1024
+
+
+def fuzz_worker(suffix, first, last, folder):
+    """Read mutated files first .. last - 1 and print a line for each; ends itself (exit code 1) when one takes too long."""
+    torch.set_num_threads(1)
+    healthy = originals(suffix, folder)
+    for block in data.resample_blocks([torch.zeros(48000)], 48000, data.SAMPLE_RATE):  # warm up, then the limit
+        pass
+    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + 2 * FILE_MEMORY,) * 2)
+    for i in range(first, last):
+        path = Path(folder) / f"{i}.{suffix}"
+        rng = np.random.default_rng([i, *suffix.encode()])
+        path.write_bytes(mutate(healthy[i % len(healthy)], rng))
+        Path("/proc/self/clear_refs").write_text("5")                      # VmHWM starts again from here
+        before, start = status("VmHWM"), time.perf_counter()
+        faulthandler.dump_traceback_later(FILE_SECONDS, exit=True)
+        print(f"{i} begins", flush=True)
+        try:
+            samples = sum(len(block) for block in data.read_audio(path))
+            outcome = "audio" if samples else "NOTHING"
+        except data.InputError as error:
+            outcome = "refused" if str(path) in str(error) and "\n" not in str(error) else f"ODD MESSAGE {error!r}"
+        except BaseException as error:
+            outcome = f"FAULT {type(error).__name__}: {error}"
+        faulthandler.cancel_dump_traceback_later()
+        memory = status("VmHWM") - before
+        if memory > FILE_MEMORY:
+            outcome = f"MEMORY {memory / 2 ** 20:.0f} MB"
+        print(json.dumps([i, outcome, memory, time.perf_counter() - start]), flush=True)
+        if outcome in ("audio", "refused"):
+            path.unlink()
+
+
+def fuzz(folder, files=2000):
+    """`files` mutated files of each format, in a subprocess that may die and is then started behind the file that did it."""
+    bad = 0
+    for suffix in FORMATS:
+        results, first = [], 0
+        while first < files:
+            worker = subprocess.Popen([sys.executable, __file__, "--fuzz-worker", suffix, str(first), str(files), str(folder)],
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            said, errors = worker.communicate()
+            lines = said.splitlines()
+            results += [json.loads(line) for line in lines if line.startswith("[")]
+            begun = max((int(line.split()[0]) for line in lines if line.endswith("begins")), default=first)
+            first = files if worker.returncode == 0 else begun + 1
+            if worker.returncode:
+                what = f"HANG: {errors.splitlines()[2:4]}" if "Timeout" in errors else f"CRASH {worker.returncode}: {errors[-300:]}"
+                results.append([begun, what, 0, 0])
+        count = lambda start: sum(outcome.startswith(start) for _, outcome, _, _ in results)
+        odd = [(i, outcome) for i, outcome, _, _ in results if outcome not in ("audio", "refused")]
+        bad += len(odd)
+        print(f"fuzz {suffix:5} {len(results)} files: {count('audio')} audio, {count('refused')} refused, {len(odd)} faults; "
+              f"at most {max(m for _, _, m, _ in results) / 2 ** 20:.0f} MB and {max(s for *_, s in results):.2f} s a file", flush=True)
+        for i, outcome in odd[:10]:
+            print(f"     {folder}/{i}.{suffix}: {outcome}")
+    return bad
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--fuzz-worker"]:
+        fuzz_worker(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    else:
+        os.makedirs("/work/lab/h2scratch/fuzz", exist_ok=True)
+        fuzz("/work/lab/h2scratch/fuzz", int(sys.argv[2]))
