@@ -159,9 +159,117 @@ def fuzz(folder, files=2000):
     return bad
 
 
+# ---------------------------------------------------------------- jobs
+
+TINY = ("--preset", "small", "--device", "cpu", "--batch-size", "8", "--no-probe", "--log-every", "1", "--save-every", "5")
+
+
+def songs(folder, count, seconds=data.SONG_SECONDS):
+    """Synthetic songs in two sub-folders, which are the classes of `probe.py folders`."""
+    for i in range(count):
+        path = folder / ("high", "low")[i % 2] / f"{i:03d}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sf.write(path, data.render(data.compose(i))[:seconds * data.SAMPLE_RATE], data.SAMPLE_RATE)
+    return folder
+
+
+def start(work, script, *flags):
+    """A program of the project as a user starts it, in the folder `work`, on one core."""
+    return subprocess.Popen([sys.executable, ROOT / script, *map(str, flags)], cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, errors="replace", env=dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive"))
+
+
+def finish(job):
+    """(exit code, stdout, the lines of stderr that are no progress bar)."""
+    said, errors = job.communicate()
+    return job.returncode, said, [line for line in re.split("[\r\n]+", errors) if line.strip() and "it/s" not in line and "|" not in line]
+
+
+def store_of(out):
+    return [(out / name).read_bytes() for name in ("frames.bin", "index.jsonl", "store.json")]
+
+
+def weights_of(out):
+    """Step, weights and optimiser of a checkpoint, and the log without its clock."""
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    tensors = list(checkpoint["model"].values()) + [torch.as_tensor(v) for state in checkpoint["optimizer"]["state"].values() for v in state.values()]
+    log = [{k: v for k, v in json.loads(line).items() if k != "clips_per_s"} for line in (out / "log.jsonl").read_text().splitlines()]
+    return checkpoint["step"], [t.numpy().tobytes() for t in tensors], log
+
+
+class Job:
+    """A command that leaves a result: how to start it, how to read the result, which files to remove for a fresh start."""
+
+    def __init__(self, work, script, flags, result, leaves, resume=lambda: ()):
+        self.work, self.script, self.flags, self.result, self.leaves, self.resume = work, script, flags, result, leaves, resume
+        self.name = script.removesuffix(".py")
+
+    def start(self):
+        return start(self.work, self.script, *self.flags, *self.resume())
+
+    def fresh(self):
+        for name in self.leaves:
+            shutil.rmtree(self.work / name, ignore_errors=True)
+
+
+def jobs(work, music, steps):
+    """Prepare, train and probe, in the order in which they need each other; the probe's result is its table."""
+    checkpoint = work / "run" / "checkpoint.pt"
+
+    def table():
+        lines = json.loads(next((work / "run").glob("probe-*.json")).read_text())
+        return json.dumps(lines)
+
+    return [Job(work, "data.py", (music, "--out", "store"), lambda: store_of(work / "store"), ["store"]),
+            Job(work, "train.py", ("--data", "store", *TINY, "--steps", steps, "--out", "run"), lambda: weights_of(work / "run"), ["run"],
+                lambda: ("--resume",) if checkpoint.exists() else ()),
+            Job(work, "probe.py", ("folders", "--data", music, "--checkpoint", checkpoint, "--device", "cpu"), table, ["data"])]
+
+
+# ---------------------------------------------------------------- kill
+
+
+def kill(folder, kills=20):
+    """Each job once undisturbed, then killed at random moments and started again; a job that got through begins anew."""
+    rng, bad = random.Random(0), 0
+    music = songs(folder / "music", 60)
+    for job in jobs(folder, music, 60):
+        began = time.perf_counter()
+        code, said, errors = finish(job.start())
+        whole = time.perf_counter() - began
+        assert code == 0, (job.name, said[-500:], errors)
+        expected, done, rounds, faults = job.result(), 0, 0, []
+        job.fresh() if job.name != "train" else shutil.rmtree(folder / "run")
+        while done < kills or rounds == 0 or (folder / job.leaves[0]).exists():
+            process = job.start()
+            # Most of a job this small is the loading of torch: three kills in four fall into the work behind it.
+            delay = whole * rng.uniform(0 if rng.random() < 0.25 else 0.4, 1)
+            try:
+                process.wait(delay if done < kills else None)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                done += 1
+                continue
+            code, said, errors = finish(process)
+            rounds += 1
+            if code or job.result() != expected:
+                faults.append(f"exit code {code}, {errors[-3:]}" if code else "another result")
+            if done >= kills:
+                break
+            job.fresh()
+        leftovers = [str(path.relative_to(folder)) for name in job.leaves for path in (folder / name).rglob("*") if path.suffix == ".part" or path.suffix[1:].isdigit()]
+        print(f"kill {job.name:6} killed {done} times, came through {rounds} times: {rounds - len(faults)} equal to the undisturbed run "
+              f"({whole:.1f} s); {len(leftovers)} leftovers", flush=True)
+        for fault in faults:
+            print(f"     {fault}")
+        bad += len(faults)
+    return bad
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--fuzz-worker"]:
         fuzz_worker(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
     else:
-        os.makedirs("/work/lab/h2scratch/fuzz", exist_ok=True)
-        fuzz("/work/lab/h2scratch/fuzz", int(sys.argv[2]))
+        os.makedirs("/work/lab/h2scratch/kill", exist_ok=True)
+        kill(Path("/work/lab/h2scratch/kill"), int(sys.argv[2]))
