@@ -217,8 +217,8 @@ def jobs(work, music, steps):
     checkpoint = work / "run" / "checkpoint.pt"
 
     def table():
-        lines = json.loads(next((work / "run").glob("probe-*.json")).read_text())
-        return json.dumps(lines)
+        found = json.loads(next((work / "run").glob("probe-*.json")).read_text())
+        return [found["rows"], found["chance"]]
 
     return [Job(work, "data.py", (music, "--out", "store"), lambda: store_of(work / "store"), ["store"]),
             Job(work, "train.py", ("--data", "store", *TINY, "--steps", steps, "--out", "run"), lambda: weights_of(work / "run"), ["run"],
@@ -267,9 +267,86 @@ def kill(folder, kills=20):
     return bad
 
 
-if __name__ == "__main__":
+# ---------------------------------------------------------------- disk
+
+
+def disk(folder):
+    """In a private mount namespace, where a tmpfs may be made full and read-only without harm to anyone."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        print("disk: no private mount namespace here (unshare -rm): skipped")
+        return 0
+    return subprocess.run(["unshare", "-rm", sys.executable, __file__, "--disk-worker", str(folder)]).returncode
+
+
+def disk_worker(folder):
+    music, bad = songs(folder / "music", 16), 0
+    plain, small = folder / "plain", folder / "small"
+    plain.mkdir(), small.mkdir()
+    mount = lambda *options: subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "none", small], check=True)
+    mount("size=1g")
+    # Too little for the frames (2.7 MB), for a checkpoint beside the first one (two of 13 MB), for the features.
+    for ordinary, job, size in zip(jobs(plain, music, 20), jobs(small, music, 20), (2, 18, None)):
+        finish(ordinary.start())
+        if job.name == "probe":  # with its frames there, it is the features that meet the full disk
+            finish(job.start())
+            shutil.rmtree(small / "data" / "features")
+        used = sum(path.stat().st_blocks * 512 for path in small.rglob("*"))
+        room = f"{size}m" if size and job.name == "data" else str(used + ((size or 0) << 20) + 8192)
+        for trouble, options in (("full", ("remount", "rw", f"size={room}")), ("read-only", ("remount", "ro"))):
+            mount(*options)
+            code, said, errors = finish(job.start())
+            one_line = code == 2 and len(errors) == 1 and errors[0].startswith("error: ")
+            bad += not one_line
+            print(f"disk {job.name:6} {trouble:9} {'' if one_line else 'FAULT '}exit code {code}: {errors[0] if one_line else errors[-4:]}", flush=True)
+        mount("remount", "rw", "size=1g")
+        code, said, errors = finish(job.start())
+        equal = code == 0 and job.result() == ordinary.result()
+        bad += not equal
+        print(f"disk {job.name:6} with room again: exit code {code}, {'equal to the undisturbed run' if equal else f'FAULT {errors[-3:]}'}", flush=True)
+    subprocess.run(["umount", small])
+    sys.exit(min(bad, 100))
+
+
+# ---------------------------------------------------------------- soak
+
+
+def soak(folder, steps=1000):
+    """Resident memory of a training run as its log grows."""
+    music = songs(folder / "music", 16)
+    prepare, train, _ = jobs(folder, music, steps)
+    finish(prepare.start())
+    job, log, memory = train.start(), folder / "run" / "log.jsonl", {}
+    while job.poll() is None:
+        step = log.read_bytes().count(b"\n") if log.exists() else 0
+        for mark in (100, steps // 2, steps - 10):
+            if step >= mark and mark not in memory:
+                memory[mark] = status("VmRSS", job.pid) / 2 ** 20
+        time.sleep(0.02)
+    code = finish(job)[0]
+    growth = max(memory.values(), default=0) - memory.get(100, 0)
+    bad = code != 0 or len(memory) < 3 or growth > 20
+    print(f"soak {'FAULT ' if bad else ''}exit code {code}; resident memory {', '.join(f'{mb:.0f} MB at step {mark}' for mark, mb in memory.items())}")
+    return int(bad)
+
+
+def main():
     if sys.argv[1:2] == ["--fuzz-worker"]:
-        fuzz_worker(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
-    else:
-        os.makedirs("/work/lab/h2scratch/kill", exist_ok=True)
-        kill(Path("/work/lab/h2scratch/kill"), int(sys.argv[2]))
+        return fuzz_worker(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    if sys.argv[1:2] == ["--disk-worker"]:
+        return disk_worker(Path(sys.argv[2]))
+    parts = dict(fuzz=fuzz, kill=kill, disk=disk, soak=soak)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(parts)} (default: all)")
+    chosen = parser.parse_args().parts or ["all"]
+    if unknown := set(chosen) - {*parts, "all"}:
+        parser.error(f"{', '.join(unknown)}: give any of {', '.join(parts)}, all")
+    bad = 0
+    for name in parts if "all" in chosen else chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            bad += parts[name](Path(folder))
+    print("no faults" if not bad else f"{bad} faults")
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
