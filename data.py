@@ -341,7 +341,7 @@ def chunks(blocks, size):
 
 @torch.inference_mode()
 def audio_to_frames(blocks, front_end):
-    """A stream of mono blocks at 16 kHz -> (frames, 224) uint8, frames = 1 + samples // hop; bounded memory.
+    """A stream of mono blocks at 16 kHz -> (frames, 224) uint8, frames = 1 + samples // hop. Memory: 25 MB an hour, twice at the end.
 
     Chunks of 60 s are transformed with a halo of context, so that cutting leaves no trace. 255 steps for 80 dB are
     0.3 dB each, less than anyone hears.
@@ -353,7 +353,7 @@ def audio_to_frames(blocks, front_end):
             frames = front_end(torch.cat([before, chunk, after])[None])[0]         # (frames, 224)
             count = len(chunk) // HOP + (following is None)
             frames = frames[len(before) // HOP:][:count]
-            output.append((frames * 255).round().to(torch.uint8).numpy())
+            output.append((frames * 255).round().to(torch.uint8).contiguous().numpy())
             before = chunk[-HALO:]
         chunk = following
     return np.concatenate(output)
@@ -531,7 +531,7 @@ def make_store(sources, out, settings, label):
                     break
                 entry, frames = running.popleft().result()
                 if frames is not None:
-                    frames_file.write(frames.tobytes())
+                    frames_file.write(frames)
                     frames_file.flush()  # frames before the line that names them
                     entry["frames"], rows = len(frames), rows + len(frames)
                 index_file.write(json.dumps(entry).encode() + b"\n")
