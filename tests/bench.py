@@ -4,7 +4,6 @@ import io
 import json
 import math
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import probe  # noqa: E402
 from model import MT2  # noqa: E402
-from train import PRESETS  # noqa: E402
+from train import PRESETS, training_losses  # noqa: E402
 
 
 def seconds(function, repeats=3):
@@ -88,6 +87,28 @@ def quietly(function, *args):
         return function(*args)
 
 
+def front_end_on_gpu(device="cuda", size=128):
+    """The front end for all views of a batch, had they come as audio, beside the training step they feed (preset mt2)."""
+    if device == "cuda" and not torch.cuda.is_available():
+        print("no GPU: front end against training step skipped\n")
+        return
+    preset, kept = PRESETS["mt2"], data.SEGMENT // 2
+    front_end, wave = data.FrontEnd().to(device), 0.1 * torch.randn(3 * size, 64000, device=device)
+    model = MT2(**{k: preset[k] for k in ("dim", "depth", "heads")}).to(device)
+    batch = dict(cqt=torch.rand(3, size, kept, data.CROP_BINS, device=device), mel=torch.rand(3, size, kept, data.N_MELS, device=device),
+                 positions=[torch.arange(kept, device=device).expand(3, size, kept)], shifts=torch.randint(-12, 1, (3, size), device=device),
+                 keys=torch.full((size,), -1, device=device), progress=torch.tensor(0.5, device=device))
+
+    def step():
+        with torch.autocast(device, torch.bfloat16):
+            losses, _, _ = training_losses(model, None, batch)
+        sum(losses.values()).backward()
+
+    timed = lambda function: seconds(lambda: (function(), device == "cuda" and torch.cuda.synchronize()))
+    transform, training = timed(torch.inference_mode()(lambda: front_end(wave))), timed(step)
+    print(f"{device}, {3 * size} views: front end {transform * 1e3:.1f} ms, training step {training * 1e3:.1f} ms: {100 * transform / training:.0f} %\n")
+
+
 def scale():
     """What a large collection costs: opening and drawing from 1 GB and 50 GB, preparing many files, preparing a long one."""
     print("\nscale: frame stores of empty frames (a sparse file), 223 frames a track, batches of 128 x 3 segments")
@@ -118,14 +139,16 @@ def scale():
             print(f"  preparing {files:6} files of no length: {(time.perf_counter() - start) / files * 1e6:.0f} us a file")
     with tempfile.TemporaryDirectory() as folder:
         block = np.tile(data.render(data.compose(0)), 5)[:120 * data.SAMPLE_RATE]
-        for minutes in (2, 20, 180):  # in this order: the largest child so far is what the system remembers
+        # VmHWM is the process's own; ru_maxrss would begin with that of this one.
+        told = "import data, sys; data.prepare_folders(sys.argv[1:2], sys.argv[2]); print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+        for minutes in (2, 20, 180) if Path("/proc/self/status").exists() else ():
             music = Path(folder) / f"{minutes}"
             music.mkdir()
             with sf.SoundFile(music / "long.wav", "w", data.SAMPLE_RATE, 1) as file:
                 for _ in range(minutes // 2):
                     file.write(block)
-            subprocess.run([sys.executable, "data.py", music, "--out", music / "store"], cwd=Path(data.__file__).parent, check=True, capture_output=True)
-            print(f"  preparing one file of {minutes:3} minutes: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024:.0f} MB at most")
+            child = subprocess.run([sys.executable, "-c", told, music, music / "store"], cwd=Path(data.__file__).parent, check=True, capture_output=True, text=True)
+            print(f"  preparing one file of {minutes:3} minutes: {int(child.stdout.split()[-1]) / 1024:.0f} MB at most")
 
 
 def main():
@@ -144,6 +167,7 @@ def main():
         ratio = [a / b for a, b in zip(rates["CQT (octaves)"], rates["CQT (one dense kernel)"])]
         print(f"{'octaves : dense':34}{ratio[0]:17.1f}x{ratio[1]:17.1f}x\n")
 
+    front_end_on_gpu()
     print("preparing one stereo 44.1 kHz ogg of 3 minutes, one core")
     with tempfile.TemporaryDirectory() as folder:
         song = np.tile(data.render(data.compose(0)), 8)[:180 * data.SAMPLE_RATE]
