@@ -1,9 +1,16 @@
-"""Speed, as ratios within one run: python tests/bench.py (about three minutes on two cores; not part of the test suite)."""
+"""Speed, as ratios within one run: python tests/bench.py (about four minutes on two cores; not part of the test suite)."""
+import contextlib
+import io
+import json
+import math
 import platform
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import soundfile as sf
@@ -13,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import probe  # noqa: E402
 from model import MT2  # noqa: E402
-from train import PRESETS  # noqa: E402
+from train import PRESETS, training_losses  # noqa: E402
 
 
 def seconds(function, repeats=3):
@@ -45,20 +52,122 @@ def dense_cqt(wave):
     return transform
 
 
+def operations():
+    """Million floating-point operations per second of audio: 5/2 n log2 n for a real FFT, 8 for a complex product and sum, 2 for a real one."""
+    fft, rate = lambda n: 2.5 * n * math.log2(n), data.SAMPLE_RATE / data.HOP
+    small, taps = data.CQT().n_fft, data.half_band_matrix().shape[-1]
+    halvings = sum(data.SAMPLE_RATE / 2 ** octave * taps * 2 for octave in range(1, 8))
+    return {"CQT (octaves)": (halvings + rate * 8 * (fft(small) + 12 * (small // 2 + 1) * 8)) / 1e6,
+            "CQT (one dense kernel)": rate * (fft(16384) + data.N_BINS * 8193 * 8) / 1e6,
+            "mel": rate * (fft(data.N_FFT) + (data.N_FFT // 2 + 1) * (3 + 2 * data.N_MELS)) / 1e6}
+
+
+def other_libraries():
+    """{name: wave -> function}: the same two transforms by librosa and nnAudio, where they happen to be installed."""
+    sizes, found = dict(sr=data.SAMPLE_RATE, hop_length=data.HOP), {}
+    bins = dict(fmin=data.FMIN, n_bins=data.N_BINS, bins_per_octave=data.BINS_PER_OCTAVE)
+    try:
+        import librosa
+        found["CQT of librosa"] = lambda w: lambda: librosa.cqt(w.numpy(), **sizes, **bins)
+        found["mel of librosa"] = lambda w: lambda: librosa.feature.melspectrogram(y=w.numpy(), n_fft=data.N_FFT, n_mels=data.N_MELS, **sizes)
+    except ImportError:
+        print("librosa: not installed, skipped")
+    try:
+        from nnAudio import features
+        for name, module in (("CQT of nnAudio", features.CQT2010v2(**sizes, **bins, verbose=False)),
+                             ("mel of nnAudio", features.MelSpectrogram(n_fft=data.N_FFT, n_mels=data.N_MELS, **sizes, verbose=False))):
+            found[name] = lambda w, module=module: lambda: module(w)
+    except ImportError:
+        print("nnAudio: not installed, skipped")
+    return found
+
+
+def quietly(function, *args):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return function(*args)
+
+
+def front_end_on_gpu(device="cuda", size=128):
+    """The front end for all views of a batch, had they come as audio, beside the training step they feed (preset mt2)."""
+    if device == "cuda" and not torch.cuda.is_available():
+        print("no GPU: front end against training step skipped\n")
+        return
+    preset, kept = PRESETS["mt2"], data.SEGMENT // 2
+    front_end, wave = data.FrontEnd().to(device), 0.1 * torch.randn(3 * size, 64000, device=device)
+    model = MT2(**{k: preset[k] for k in ("dim", "depth", "heads")}).to(device)
+    batch = dict(cqt=torch.rand(3, size, kept, data.CROP_BINS, device=device), mel=torch.rand(3, size, kept, data.N_MELS, device=device),
+                 positions=[torch.arange(kept, device=device).expand(3, size, kept)], shifts=torch.randint(-12, 1, (3, size), device=device),
+                 keys=torch.full((size,), -1, device=device), progress=torch.tensor(0.5, device=device))
+
+    def step():
+        with torch.autocast(device, torch.bfloat16):
+            losses, _, _ = training_losses(model, None, batch)
+        sum(losses.values()).backward()
+
+    timed = lambda function: seconds(lambda: (function(), device == "cuda" and torch.cuda.synchronize()))
+    transform, training = timed(torch.inference_mode()(lambda: front_end(wave))), timed(step)
+    print(f"{device}, {3 * size} views: front end {transform * 1e3:.1f} ms, training step {training * 1e3:.1f} ms: {100 * transform / training:.0f} %\n")
+
+
+def scale():
+    """What a large collection costs: opening and drawing from 1 GB and 50 GB, preparing many files, preparing a long one."""
+    print("\nscale: frame stores of empty frames (a sparse file), 223 frames a track, batches of 128 x 3 segments")
+    for tracks in (20_000, 1_000_000):
+        with tempfile.TemporaryDirectory() as folder:
+            folder, size = Path(folder), tracks * 223 * data.COLUMNS
+            with open(folder / "frames.bin", "wb") as file:
+                file.truncate(size)
+            if (folder / "frames.bin").stat().st_blocks * 512 > size // 2:
+                print("  this file system has no sparse files: skipped")
+                return
+            (folder / "index.jsonl").write_text("".join(f'{{"path": "music/an artist/an album/{i:07d} a title.flac", "frames": 223}}\n' for i in range(tracks)))
+            (folder / "store.json").write_text(json.dumps(data.settings_of([])))
+            start = time.perf_counter()
+            store = data.FrameStore(folder)
+            opened = time.perf_counter()
+            segments = data.Segments([store], 128)
+            cut = time.perf_counter()
+            for step in range(20):
+                segments.batch(0, step, 3, 0.75)
+            print(f"  {size / 1e9:5.0f} GB, {tracks:7} tracks: index {(folder / 'index.jsonl').stat().st_size / 1e6:.0f} MB, open {opened - start:.2f} s, "
+                  f"segments {cut - opened:.2f} s, a batch {(time.perf_counter() - cut) / 20 * 1e3:.1f} ms")
+    with tempfile.TemporaryDirectory() as folder, mock.patch("data.audio_to_frames", lambda blocks, front_end: np.zeros((9, data.COLUMNS), np.uint8)):
+        for files in (10_000, 100_000):
+            sources = [(f"music/{i:06d}.flac", list) for i in range(files)]
+            start = time.perf_counter()
+            quietly(data.prepare, sources, f"{folder}/{files}", data.settings_of([name for name, _ in sources]), "")
+            print(f"  preparing {files:6} files of no length: {(time.perf_counter() - start) / files * 1e6:.0f} us a file")
+    with tempfile.TemporaryDirectory() as folder:
+        block = np.tile(data.render(data.compose(0)), 5)[:120 * data.SAMPLE_RATE]
+        # VmHWM is the process's own; ru_maxrss would begin with that of this one.
+        told = "import data, sys; data.prepare_folders(sys.argv[1:2], sys.argv[2]); print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+        for minutes in (2, 20, 180) if Path("/proc/self/status").exists() else ():
+            music = Path(folder) / f"{minutes}"
+            music.mkdir()
+            with sf.SoundFile(music / "long.wav", "w", data.SAMPLE_RATE, 1) as file:
+                for _ in range(minutes // 2):
+                    file.write(block)
+            child = subprocess.run([sys.executable, "-c", told, music, music / "store"], cwd=Path(data.__file__).parent, check=True, capture_output=True, text=True)
+            print(f"  preparing one file of {minutes:3} minutes: {int(child.stdout.split()[-1]) / 1024:.0f} MB at most")
+
+
 def main():
     processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?") if Path("/proc/cpuinfo").exists() else platform.processor()
     print(f"torch {torch.__version__}, numpy {np.__version__}, {processor}, {torch.get_num_threads()} threads\n")
     print(f"{'seconds of audio per second':34}{'16 clips of 4 s':>18}{'one of 10 min':>18}")
     waves = [torch.randn(16, 64000) * 0.1, torch.randn(1, 600 * data.SAMPLE_RATE) * 0.1]
     cqt, mel = data.CQT(), data.Mel()
-    rates = {}
+    rates, cost = {}, operations()
     with torch.inference_mode():
-        for name, make in (("CQT (octaves)", lambda w: lambda: cqt(w)), ("CQT (one dense kernel)", dense_cqt), ("mel", lambda w: lambda: mel(w))):
+        for name, make in {"CQT (octaves)": lambda w: lambda: cqt(w), "CQT (one dense kernel)": dense_cqt, "mel": lambda w: lambda: mel(w),
+                           **other_libraries()}.items():
             rates[name] = [w.numel() / data.SAMPLE_RATE / seconds(make(w)) for w in waves]
-            print(f"{name:34}{rates[name][0]:18.0f}{rates[name][1]:18.0f}")
+            formula = f"   {cost[name]:.1f} million operations" if name in cost else ""
+            print(f"{name:34}{rates[name][0]:18.0f}{rates[name][1]:18.0f}   {1e6 / rates[name][1]:.0f} us{formula} a second of audio")
         ratio = [a / b for a, b in zip(rates["CQT (octaves)"], rates["CQT (one dense kernel)"])]
         print(f"{'octaves : dense':34}{ratio[0]:17.1f}x{ratio[1]:17.1f}x\n")
 
+    front_end_on_gpu()
     print("preparing one stereo 44.1 kHz ogg of 3 minutes, one core")
     with tempfile.TemporaryDirectory() as folder:
         song = np.tile(data.render(data.compose(0)), 8)[:180 * data.SAMPLE_RATE]
@@ -74,9 +183,16 @@ def main():
         resample = seconds(lambda: data.resample(mono, 44100, data.SAMPLE_RATE))
         transform = seconds(lambda: data.audio_to_frames([torch.from_numpy(song)], front_end))
         whole = seconds(lambda: data.audio_to_frames(data.read_audio(path), front_end))
+        torch.set_num_threads(threads)
+        for copy in range(15):
+            shutil.copy(path, path.with_stem(f"song-{copy}"))
+        start = time.perf_counter()
+        quietly(data.prepare_folders, [folder], f"{folder}/store")
+        together = 16 * 180 / (time.perf_counter() - start)
     for name, value in (("decode", decode), ("resample", resample), ("transform", transform), ("all", whole)):
         print(f"  {name:12}{180 / value:8.0f} x real time")
-    torch.set_num_threads(threads)
+    print(f"  python data.py, 16 of them on all cores: {together:.0f} x real time")
+    scale()
 
     print(f"\nprobe features of prepared frames, {threads} threads")
     frames = [np.random.default_rng(0).integers(0, 255, (60 * 31, data.COLUMNS), dtype=np.uint8) for _ in range(10)]

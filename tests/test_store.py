@@ -31,6 +31,13 @@ def bytes_of(store):
     return {name: (store / name).read_bytes() for name in FILES}
 
 
+def unfinish(store):
+    """Make a complete store one that was killed at the very end."""
+    settings = json.loads((store / "store.json").read_text())
+    (store / "store.json").unlink()
+    (store / "pending.json").write_text(json.dumps({k: v for k, v in settings.items() if k not in ("tracks", "skipped", "hours")}))
+
+
 def write_tone(path, frequency=440.0, seconds=1.0):
     path.parent.mkdir(parents=True, exist_ok=True)
     sf.write(path, 0.5 * np.sin(2 * np.pi * frequency * np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE), SAMPLE_RATE)
@@ -87,11 +94,7 @@ def test_a_complete_store_is_opened_without_work(song_folder, copy_of, monkeypat
 def test_preparing_resumes_after_a_kill(song_folder, copy_of, monkeypatch, whole_lines, torn):
     """As a kill leaves it: some lines, half a line, and frames that no line names."""
     before, counter = bytes_of(copy_of), Counter(monkeypatch)
-    settings = json.loads(before["store.json"])
-    for extra in ("tracks", "skipped", "hours"):
-        settings.pop(extra)
-    (copy_of / "store.json").unlink()
-    (copy_of / "pending.json").write_text(json.dumps(settings))
+    unfinish(copy_of)
     lines = before["index.jsonl"].decode().splitlines(keepends=True)
     (copy_of / "index.jsonl").write_text("".join(lines[:whole_lines]) + torn)
     kept = sum(json.loads(line)["frames"] for line in lines[:whole_lines]) * 224
@@ -119,6 +122,60 @@ def test_an_error_in_the_middle_keeps_what_was_finished(song_folder, finished, t
         FrameStore(tmp_path)
     prepare_folders([song_folder], tmp_path)
     assert bytes_of(tmp_path) == bytes_of(finished)
+
+
+@pytest.mark.parametrize("size, redone", [(3 * 313 * 224 + 9, 5), (3 * 313 * 224, 5), (0, 8), (None, 8)])
+def test_lines_whose_frames_were_lost_are_done_again(song_folder, copy_of, monkeypatch, size, redone):
+    """As a power cut leaves it: the index reached the disk, the frames did not. Filling up with zeros would be silent music."""
+    before, counter = bytes_of(copy_of), Counter(monkeypatch)
+    unfinish(copy_of)
+    (copy_of / "frames.bin").unlink() if size is None else (copy_of / "frames.bin").write_bytes(before["frames.bin"][:size])
+    prepare_folders([song_folder], copy_of)
+    assert bytes_of(copy_of) == before and counter.calls == redone
+
+
+def test_an_index_of_rubbish_starts_anew(song_folder, copy_of):
+    before = bytes_of(copy_of)
+    unfinish(copy_of)
+    (copy_of / "index.jsonl").write_bytes(b"\0" * 100 + b"\n" + before["index.jsonl"])
+    prepare_folders([song_folder], copy_of)
+    assert bytes_of(copy_of) == before
+
+
+def test_two_preparations_of_one_folder_exclude_each_other(tmp_path):
+    """The second gets one line and changes nothing; when the first is gone, whatever way, it may."""
+    pytest.importorskip("fcntl")
+    write_tone(tmp_path / "music" / "a.wav")
+    (tmp_path / "out").mkdir()
+    with data.locked(tmp_path / "out"):
+        with pytest.raises(InputError, match="out.*another process"):
+            prepare_folders([tmp_path / "music"], tmp_path / "out")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["lock"]
+    assert prepare_folders([tmp_path / "music"], tmp_path / "out").paths == ["music/a.wav"]
+    with data.locked(tmp_path / "out"):                        # a complete store is opened, locked or not
+        prepare_folders([tmp_path / "music"], tmp_path / "out")
+
+
+def test_preparing_anew_leaves_an_open_store_whole(tmp_path):
+    """A training run reads its map on: cutting the mapped file would end it with SIGBUS."""
+    write_tone(tmp_path / "in" / "a.wav", seconds=30.0)
+    store = prepare_folders([tmp_path / "in"], tmp_path / "out")
+    before = store.frames.copy()
+    write_tone(tmp_path / "in" / "a.wav", 880.0)
+    prepare_folders([tmp_path / "in"], tmp_path / "out")
+    assert (store.frames == before).all() and len(FrameStore(tmp_path / "out").frames) < len(before)
+
+
+def test_files_that_go_or_grow_meanwhile(tmp_path, monkeypatch):
+    """Gone between listing and reading: skipped, by name. Grown: this run keeps what it read, the next one starts anew."""
+    for name in ("a.wav", "b.wav", "c.wav"):
+        write_tone(tmp_path / "music" / name)
+    listed = data.find_audio([tmp_path / "music"])
+    (tmp_path / "music" / "b.wav").unlink()
+    store = data.prepare_files(listed, tmp_path / "out")
+    assert store.paths == ["music/a.wav", "music/c.wav"] and [path for path, _ in store.skipped] == ["music/b.wav"]
+    write_tone(tmp_path / "music" / "c.wav", seconds=2.0)
+    assert prepare_folders([tmp_path / "music"], tmp_path / "out").lengths[1] == 1 + 2 * SAMPLE_RATE // HOP
 
 
 @pytest.mark.parametrize("setting, value", [("MEL_REFERENCE", 500.0), ("DYNAMIC_RANGE", 60.0)])
