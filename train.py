@@ -126,7 +126,7 @@ def average_gradients(model):
 
 def any_rank(flag, device):
     """Whether `flag` is true on one of the ranks."""
-    flag = torch.tensor(float(flag), device=device)
+    flag = torch.tensor(float(bool(flag)), device=device)
     dist.all_reduce(flag)
     return flag.item() > 0
 
