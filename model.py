@@ -209,12 +209,12 @@ def load_checkpoint(path, device="cpu"):
             wanted = {name: (t.shape, t.dtype, torch.device("cpu"), True) for name, t in MT2(**config).state_dict().items()}
         if wanted != {name: (t.shape, t.dtype, t.device, t.is_contiguous()) for name, t in state.items()}:
             raise ValueError
+        if not all(t.isfinite().all() for t in state.values()):
+            raise InputError(f"{path}: holds weights that are not finite; train anew with a lower --lr")
         model = MT2(**config)
         model.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError):
         raise InputError(f"{path}: its weights do not fit its configuration; it was written by another version, train anew") from None
-    if not all(t.isfinite().all() for t in state.values()):
-        raise InputError(f"{path}: holds weights that are not finite; train anew with a lower --lr")
     return model.to(device).eval()
 
 

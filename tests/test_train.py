@@ -167,7 +167,7 @@ def test_a_config_that_does_not_fit_the_file_takes_no_memory(config, state, tmp_
         patch.setattr(model.MT2, "__init__", lambda self, *a, **k: (new(self, *a, **k), made.append(self.norm.weight.device.type))[0])
         with pytest.raises(data.InputError, match="checkpoint.pt"):
             model.load_checkpoint(tmp_path / "checkpoint.pt")
-    assert set(made) <= {"meta"} or any(isinstance(v, torch.Tensor) and v.isnan().any() for v in state.values() if v is not HUGE)
+    assert set(made) <= {"meta"}
 
 
 @pytest.mark.parametrize("change", [lambda c: c.pop("settings"), lambda c: c.pop("step"), lambda c: c.pop("optimizer"), lambda c: c.update(step="2"),
