@@ -850,11 +850,12 @@ class Segments:
             raise InputError(f"a batch of {batch_size} needs as many pieces of 30 s, the data has {len(self.pieces)}; "
                              f"use --batch-size {len(self.pieces)} or less, or add music")
 
-    def batch(self, seed, step, views=3, mask=0.0):
-        """frames (views, batch, kept, 224) uint8, crops (views, batch), positions (views, batch, kept) and keys (batch,) int64.
+    def batch(self, seed, step, views=3, mask=0.0, share=slice(None)):
+        """frames (views, share, kept, 224) uint8, crops (views, batch), positions (views, share, kept) and keys (batch,) int64.
 
         `mask` is the share of frames dropped; positions says which of the 126 frames of a segment were kept; a key is -1
-        where no label is known.
+        where no label is known. `share` is the slice of the batch whose frames are wanted: one of several processes draws
+        the same batch as the others and reads its own part (all of it by default).
         """
         rng = np.random.default_rng([seed, step])
         number = rng.choice(len(self.pieces), self.batch_size, replace=False, p=self.chance)       # (batch,)
@@ -870,11 +871,13 @@ class Segments:
         crop = rng.integers(0, MAX_CROP + 1, self.batch_size)
         other = (crop + rng.integers(1, MAX_CROP + 1, self.batch_size)) % (MAX_CROP + 1)           # uniform, never the same
         crops = np.stack([crop, crop, other])[:views]
-        positions = kept_positions(rng, (views, self.batch_size), SEGMENT, mask)                   # (views, batch, kept)
-        rows = start[..., None] + positions
+        positions = kept_positions(rng, (views, self.batch_size), SEGMENT, mask)[:, share]         # (views, share, kept)
+        rows = start[:, share, None] + positions
         frames = np.empty((*rows.shape, COLUMNS), np.uint8)
         for s, store in enumerate(self.stores):
-            mine = chosen[:, 0] == s
+            mine = chosen[share, 0] == s
+            for begin in start[:, share][:, mine].ravel().tolist():  # all at once, before the first is waited for
+                store.will_need(begin, SEGMENT)
             frames[:, mine] = store.frames[rows[:, mine]]
         return torch.from_numpy(frames), torch.from_numpy(crops), torch.from_numpy(positions), torch.from_numpy(self.keys[number])
 

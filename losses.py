@@ -219,15 +219,17 @@ class Pretext(nn.Module):
     """A pretext task. A subclass sets what it needs, makes its head, and returns its loss.
 
     branch: the spectrogram whose mean the class token starts from, "cqt" or "mel"; views: 2 segments at one pitch, or 3,
-    with segment A transposed (data.Segments); teacher: whether it needs the moving average of the network. A subclass is
-    made with the width `dim` of the trunk, has `head`, and implements
+    with segment A transposed (data.Segments); teacher: whether it needs the moving average of the network; hears: whether
+    it reads the spectrograms. A subclass is made with the width `dim` of the trunk, has `head`, and implements
 
         forward(token, batch, teacher) -> (loss, {name: scalar to log})
 
-    token (views, batch, dim); batch: "shifts" (views, batch) semitones up, "cqt" (views, batch, frames, 84), "keys" (batch,)
-    0..23 or -1, "progress" of the run, 0 to 1; teacher: None, or (the teacher's copy of this task, its token (2, batch, dim)).
+    token (views, batch, dim); batch: "shifts" (views, batch) semitones up, "cqt" (2, batch, frames, 84) and "mel"
+    (2, batch, frames, 128) where it hears, "keys" (batch,) 0..23 or -1, "progress" of the run, 0 to 1; teacher: None, or
+    (the teacher's copy of this task, its token (2, batch, dim)).
+    All of this is of the whole batch, however many processes share the trunk's work (train.whole_batch).
     """
-    branch, views, teacher = "mel", 2, False
+    branch, views, teacher, hears = "mel", 2, False, False
 
     def reset(self):
         """Called once after the general initialisation, for heads that start otherwise."""
@@ -272,7 +274,7 @@ class SKey(CPSD):
     It must know which pitch class output q stands for, which CPSD leaves open; `alignment` counts at which rotation the
     profiles agree with the scale whose seven notes sound most. The balance term keeps all from being major.
     """
-    outputs = 24
+    outputs, hears = 24, True
     # S-KEY (code; its paper says 15). There CPSD is a sum over three pairs, here a mean, so these are thirds of theirs.
     MODE, BALANCE = 1.5 / 3, 20.0 / 3
 
@@ -321,6 +323,7 @@ class Tone(SKey):
     Without any label this is STONE's 24-class model, with labels on all pieces its supervised one. A label names the
     key as played; a view at crop c hears it c semitones lower.
     """
+    hears = False
     # Which view's major share teaches which (target, prediction, weight), times 1.5: STONE's 24-class code.
     AGREE = ((0, 2, 1.0), (1, 2, 0.5), (2, 1, 0.5), (0, 1, 1.0))
 

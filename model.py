@@ -98,7 +98,7 @@ class MT2(nn.Module):
             raise ValueError(f"tokens {','.join(keys)}: learn from transposed frames of the CQT, which patches of the mel lack; use patch 1")
         for name, parameter in self.named_parameters():
             if name in ("class_tokens", "positions"):
-                nn.init.normal_(parameter, std=0.02)
+                parameter.data.copy_(0.02 * torch.randn(parameter.shape))  # nn.init.normal_ in numbers; on "meta" that one loads for seconds
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -201,15 +201,26 @@ def pick_amp(device):
 
 
 def load_checkpoint(path, device="cpu"):
-    """Open a checkpoint written by train.py: MT2 in eval mode. Nothing in the file is executed.
+    """Open a checkpoint written by train.py: MT2 in eval mode. Nothing in the file is executed, nor believed unseen.
 
     Raises InputError when the file is missing, is not a checkpoint, or does not hold the weights of its own config.
     """
     checkpoint = read_checkpoint(path)
     try:
-        model = MT2(**checkpoint["config"])
-        model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, ZeroDivisionError):
+        config, state = checkpoint["config"], checkpoint["model"]
+        # A config may ask for any amount of memory, the tensors in the file are what they are. So first build without memory
+        # ("meta") and compare. The depth is bounded before, as its loop takes time; an expanded tensor is larger than its file.
+        if not all(type(config[name]) is int and config[name] > 0 for name in ("dim", "depth", "heads", "frames")) or config["depth"] > len(state):
+            raise ValueError
+        with torch.device("meta"):
+            wanted = {name: (t.shape, t.dtype, torch.device("cpu"), True) for name, t in MT2(**config).state_dict().items()}
+        if wanted != {name: (t.shape, t.dtype, t.device, t.is_contiguous()) for name, t in state.items()}:
+            raise ValueError
+        if not all(t.isfinite().all() for t in state.values()):
+            raise InputError(f"{path}: holds weights that are not finite; train anew with a lower --lr")
+        model = MT2(**config)
+        model.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError):
         raise InputError(f"{path}: its weights do not fit its configuration; it was written by another version, train anew") from None
     return model.to(device).eval()
 

@@ -7,23 +7,33 @@
     python train.py --tokens cpsd,byol                        any set of the pretext tasks of losses.PRETEXT
     python train.py --preset myna-base                        another paper's model
     python train.py --out out/mine --resume                   go on, bit for bit, from the last checkpoint
+    torchrun --nproc_per_node=8 train.py --preset mt2         eight GPUs of one machine; or of two, the same line on each:
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --preset mt2
 
 A run folder holds checkpoint.pt (weights, optimiser, step, every setting) and log.jsonl (one line per log interval).
 Batches, crops and masks are functions of (seed, step), so the step number is all the state there is beside the weights.
+
+Several processes (ranks) train what one would: --batch-size is that of all together. Each passes its share through the
+trunk; class tokens are then gathered, so every loss sees the whole batch; gradients are averaged, so all ranks take the
+same step. A checkpoint goes on with any number of them. Machines need one common disk (data, labels, --out).
 """
 import argparse
 import csv
 import io
 import json
 import math
+import os
 import signal
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import probe
@@ -79,40 +89,84 @@ def make_optimizer(model):
     return torch.optim.AdamW([dict(params=decay, decays=True), dict(params=rest, decays=False)], betas=BETAS, fused=fused)
 
 
+class Gather(torch.autograd.Function):
+    """(views, share, ...) of each rank -> (views, batch, ...) of all in order, the same on every rank."""
+
+    @staticmethod
+    def forward(ctx, x):
+        shares = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(shares, x.contiguous())
+        return torch.cat(shares, dim=1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        # x enters the loss of every rank. The losses are equal, so are these gradients: their sum needs no message.
+        return dist.get_world_size() * gradient.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]
+
+
+@torch.compiler.disable
+def gather(x):
+    return Gather.apply(x)
+
+
+def whole_batch(x):
+    """(views, share, ...) of this rank -> (views, batch, ...) of all ranks, differentiable. A single process has it all."""
+    return gather(x) if dist.is_initialized() else x
+
+
+def average_gradients(model):
+    """Mean over the ranks of every gradient. One message, after backward: for a trunk of 5 M parameters there is little to
+    overlap. A trunk's gradient comes from its share alone, but `ranks` times (Gather): the mean is that of the whole batch."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for p, mean in zip(parameters, flat.div_(dist.get_world_size()).split([p.numel() for p in parameters])):
+        p.grad = mean.view_as(p)
+
+
+def any_rank(flag, device):
+    """Whether `flag` is true on one of the ranks."""
+    flag = torch.tensor(float(bool(flag)), device=device)
+    dist.all_reduce(flag)
+    return flag.item() > 0
+
+
 def training_losses(model, teacher, batch):
     """One forward pass of all views and the loss of each token; with several patch sizes, the mean over them.
 
-    batch: cqt (views, batch, frames, 84), mel (views, batch, frames, 128), positions [(views, batch, kept)] per patch size,
-    shifts (views, batch), keys (batch,), progress (). teacher: the moving average of the model, or None.
-    Returns ({token: loss}, {name: scalar to log}, {token: (batch, dim) of view 0}).
+    batch: for the trunk cqt (views, share, frames, 84), mel (views, share, frames, 128), positions [(views, share, kept)] per
+    patch size; for the heads shifts (views, batch), keys (batch,), progress (). share: the items of this rank, all of the
+    batch in a single process. teacher: the moving average of the model, or None.
+    Returns ({token: loss}, {name: scalar to log}, {token: (batch, dim) of view 0}), of the whole batch.
     """
-    views, size = batch["shifts"].shape
+    views = len(batch["shifts"])
+    heard = batch | {name: whole_batch(batch[name][:2]) for name in ("cqt", "mel")} if any(task.hears for task in model.heads.values()) else batch
     losses, logs = dict.fromkeys(model.tokens, 0.0), {}
     for patch, positions in enumerate(batch["positions"]):
         inputs = lambda n: (batch["cqt"][:n].flatten(0, 1), batch["mel"][:n].flatten(0, 1), positions[:n].flatten(0, 1))
         tokens = model(*inputs(views), patch=patch)[0]
-        tokens = {name: token.view(views, size, -1) for name, token in tokens.items()}         # (views, batch, dim) each
+        tokens = {name: whole_batch(token.unflatten(0, (views, -1))) for name, token in tokens.items()}  # (views, batch, dim) each
         if teacher is not None:
             with torch.no_grad():
-                seen = {name: token.view(2, size, -1) for name, token in teacher(*inputs(2), patch=patch)[0].items()}
+                seen = {name: whole_batch(token.unflatten(0, (2, -1))) for name, token in teacher(*inputs(2), patch=patch)[0].items()}
         for name, task in model.heads.items():
             average = (teacher.heads[name], seen[name]) if task.teacher else None
-            loss, extra = task(tokens[name][:task.views], batch, average)
+            loss, extra = task(tokens[name][:task.views], heard, average)
             losses[name] = losses[name] + loss / len(batch["positions"])
             logs |= {f"{name}_{k}" if k in logs else k: v for k, v in extra.items()}
     return losses, logs, {name: token[0].detach() for name, token in tokens.items()}
 
 
-def make_batch(segments, model, seed, step, views, mask, steps, device):
-    """The inputs of training_losses at a step, on the device: a pure function of (seed, step)."""
+def make_batch(segments, model, seed, step, views, mask, steps, device, share=slice(None)):
+    """The inputs of training_losses at a step, on the device: a pure function of (seed, step). share: the items of this rank."""
     whole_frames = model.patches == [None]
-    frames, crops, positions, keys = segments.batch(seed, step, views, mask if whole_frames else 0.0)
+    frames, crops, positions, keys = segments.batch(seed, step, views, mask if whole_frames else 0.0, share)
     if whole_frames:
         kept = [positions]
     else:  # patches are masked one by one, so the frames come whole
         kept = [torch.from_numpy(kept_positions(np.random.default_rng([seed, step, 1 + patch]), (views, segments.batch_size),
-                                                model.patch_count(SEGMENT, patch), mask)) for patch in range(len(model.patches))]
-    cqt, mel = training_views(frames.to(device), crops.to(device))
+                                                model.patch_count(SEGMENT, patch), mask)[:, share]) for patch in range(len(model.patches))]
+    cqt, mel = training_views(frames.to(device), crops[:, share].to(device))
     # A crop c bins up is a transposition c semitones down.
     return dict(cqt=cqt, mel=mel, positions=[p.to(device) for p in kept], shifts=-crops.to(device), keys=keys.to(device),
                 progress=torch.tensor(step / max(1, steps - 1), device=device))
@@ -165,13 +219,28 @@ def shares_of(text):
 
 
 def pick_device(name):
-    """The device asked for, or the best there is. Raises InputError when it is not there."""
+    """The device asked for, or the best there is; torchrun gives each process a GPU. Raises InputError when it is not there."""
+    local = os.environ.get("LOCAL_RANK")
     if not name:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and not local else "cpu"
+    if name == "cuda" and local:
+        name = f"cuda:{local}"
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {name}: is not available here; leave it out, or use --device cpu") from None
+
+
+def join_ranks(device):
+    """(rank, ranks) of this process: (0, 1), or what torchrun says; then it can reach the others."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # one voice
+    return rank, ranks
 
 
 def step_flops(model, batch, mask, views):
@@ -188,7 +257,27 @@ def save_checkpoint(path, model, teacher, optimizer, step, settings):
     buffer = io.BytesIO()
     state = dict(config=model.config, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, settings=settings)
     torch.save(state | ({"teacher": teacher.state_dict()} if teacher is not None else {}), buffer)
-    write_atomic(path, buffer.getbuffer())
+    try:
+        write_atomic(path, buffer.getbuffer())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror} at step {step}; the checkpoint before it is kept, make room and go on with --resume") from None
+
+
+@contextmanager
+def run_folder(out, step):
+    """Make the folder `out`, keep other runs away from it, and give its log, open at `step`. Raises InputError when another has it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "w") as lock:
+        try:
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it with the process, however that ends
+        except BlockingIOError:
+            raise InputError(f"{out}: another run is writing there; wait for its end, or choose another --out") from None
+        except (ImportError, OSError):
+            pass  # Windows, or a disk without locks: two runs are then the user's care
+        trim_log(out / "log.jsonl", step)
+        with open(out / "log.jsonl", "a") as log:
+            yield log
 
 
 def parse_args(argv=None):
@@ -224,17 +313,20 @@ def parse_args(argv=None):
 
 
 # What a checkpoint fixes: --resume takes these from it.
-SETTINGS = ("tokens", "data", "preset", "steps", "batch_size", "mask", "patch", "pool", "lr", "warmup", "clip", "omega", "seed",
-            "mix", "labels_csv")
+SETTINGS = dict(tokens=str, data=list, preset=str, steps=int, batch_size=int, mask=float, patch=str, pool=str, lr=float, warmup=float,
+                clip=float, omega=str, seed=int, mix=(str, type(None)), labels_csv=(str, type(None)))
 
 
-def settle(args, device):
+def settle(args, device, ranks):
     """Fill in preset and checkpoint values; returns the checkpoint to resume from, or None. Raises InputError."""
     path = Path(args.out) / "checkpoint.pt"
     checkpoint = None
     if args.resume:
         checkpoint = read_checkpoint(path)
-        saved = checkpoint["settings"]
+        saved, step = checkpoint.get("settings"), checkpoint.get("step")
+        if not (isinstance(saved, dict) and all(isinstance(saved.get(name), kind) for name, kind in SETTINGS.items())
+                and saved["preset"] in PRESETS and isinstance(step, int) and 0 <= step <= saved["steps"]):
+            raise InputError(f"{path}: lacks what a run of this version needs to go on; start anew in another --out")
         asked = parse_args([]).__dict__
         for name in SETTINGS:
             given = getattr(args, name)
@@ -251,15 +343,30 @@ def settle(args, device):
     if args.steps < 1 or args.batch_size < 1 or not 0 <= args.mask < 1:
         raise InputError(f"--steps {args.steps}, --batch-size {args.batch_size}, --mask {args.mask}: "
                          "steps and batch size must be 1 or more, mask from 0 to below 1")
+    if args.batch_size % ranks:
+        raise InputError(f"--batch-size {args.batch_size}: {ranks} processes share it, and it is no multiple of {ranks}")
     if not all(o in ("1", "5", "7", "11") for o in args.omega.split(",")):
         raise InputError(f"--omega {args.omega!r}: give 7 (circle of fifths), 1 (semitones) or 7,1; others confuse pitch classes")
     return checkpoint
 
 
 def main():
-    args = parse_args()
+    try:
+        train(parse_args())
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise InputError("another process of this run ended or cannot be reached; see what it said, then go on with --resume") from None
+        raise
+
+
+def train(args):
     device = pick_device(args.device)
-    checkpoint = settle(args, device)
+    rank, ranks = join_ranks(device)
+    # Rank 0 sets up first, as long as it takes: data are prepared once, and what is wrong is said once.
+    first = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if ranks > 1 else None
+    if rank > 0:
+        dist.barrier(first)
+    checkpoint = settle(args, device, ranks)
     tokens = args.tokens.split(",")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
@@ -284,52 +391,62 @@ def main():
     optimizer, start = make_optimizer(model), 0
     # Teachers share one moving average of the network, heads included.
     teacher = deepcopy(model).requires_grad_(False) if any(task.teacher for task in model.heads.values()) else None
+    out = Path(args.out)
+    path = out / "checkpoint.pt"
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        if teacher is not None:
-            teacher.load_state_dict(checkpoint["teacher"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            model.load_state_dict(checkpoint["model"])
+            if teacher is not None:
+                teacher.load_state_dict(checkpoint["teacher"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+            raise InputError(f"{path}: its weights do not fit its settings; start anew in another --out") from None
         start = checkpoint["step"]
     views = max(task.views for task in model.heads.values())
     losses_of = torch.compile(training_losses) if compiled else training_losses
     flops = step_flops(model, args.batch_size, args.mask, views)
     peak = next((p for name, p in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
 
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    path, stop = out / "checkpoint.pt", min(args.steps, args.stop_at or args.steps)
+    stop = min(args.steps, args.stop_at or args.steps)
     settings = {name: getattr(args, name) for name in SETTINGS}
-    trim_log(out / "log.jsonl", start)
+    share = slice(rank * args.batch_size // ranks, (rank + 1) * args.batch_size // ranks)
     model.train()
-    clock, logged, interrupted, warned = time.perf_counter(), start, [], set()
+    if ranks > 1 and rank == 0:
+        dist.barrier(first)
+    clock, logged, interrupted, leaving, warned = time.perf_counter(), start, [], False, set()
     # Ctrl-C lets the running step end: half a step would be neither before nor after it.
     handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-    bar = tqdm(initial=start, total=args.steps, desc="training", unit="step", smoothing=0.05)
+    bar = tqdm(initial=start, total=args.steps, desc="training", unit="step", smoothing=0.05, disable=rank > 0)
     try:
-        with open(out / "log.jsonl", "a") as log:
+        with run_folder(out, start) if rank == 0 else nullcontext() as log:
             for step in range(start, stop):
                 lr, decay = schedule(step, args.steps, args.warmup, args.lr)
                 for group in optimizer.param_groups:
                     group["lr"], group["weight_decay"] = lr, decay * group["decays"]
-                batch = make_batch(segments, model, args.seed, step, views, args.mask, args.steps, device)
+                batch = make_batch(segments, model, args.seed, step, views, args.mask, args.steps, device, share)
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                     losses, logs, seen = losses_of(model, teacher, batch)
                 optimizer.zero_grad(set_to_none=True)
                 total = sum(losses.values())                               # weights 1 : 1 (our choice; MT2 unknown)
                 total.backward()
+                if ranks > 1:
+                    average_gradients(model)
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-                leaving = bool(interrupted)
-                last = leaving or step + 1 == stop
-                log_now, save_now = last or (step + 1) % args.log_every == 0, last or (step + 1) % args.save_every == 0
+                due = lambda every: step + 1 == stop or (step + 1) % every == 0
+                # Ranks leave at the same step. They ask each other at log lines, where the host waits for the device anyway.
+                leaving = bool(interrupted) if ranks == 1 else due(args.log_every) and any_rank(interrupted, device)
+                log_now, save_now = leaving or due(args.log_every), leaving or due(args.save_every)
                 # Only here does the host wait for the device; what is bad never reaches a checkpoint.
                 if (log_now or save_now) and not math.isfinite(total.item() + norm.item()):
+                    if rank > 0:
+                        sys.exit(2)  # rank 0 has the same to say
                     raise InputError(f"loss or gradient is not finite at step {step}; the last good checkpoint is {path}; "
                                      "start anew with a lower --lr in another --out")
                 optimizer.step()
                 if teacher is not None:
                     follow(teacher, model, step / max(1, args.steps - 1))
                 bar.update()
-                if log_now:
+                if log_now and rank == 0:
                     rate = (step + 1 - logged) / (time.perf_counter() - clock)
                     clock, logged = time.perf_counter(), step + 1
                     line = dict(step=step + 1, **{name: loss.item() for name, loss in losses.items()}, grad_norm=norm.item(), lr=lr,
@@ -340,21 +457,25 @@ def main():
                         bar.write(f"warning: the {name} token says the same of every track at step {step + 1}; it has collapsed")
                         warned.add(name)
                     if peak:
-                        line["mfu"] = flops * rate / peak
+                        line["mfu"] = flops * rate / peak / ranks
                     log.write(json.dumps({k: float(f"{v:.6g}") for k, v in line.items()}) + "\n")
                     log.flush()
                     bar.set_postfix_str("  ".join(f"{k} {v:.3g}" for k, v in line.items() if k in (*tokens, "grad_norm", "mean_abs_z", "clips_per_s", "mfu")), refresh=False)
-                if save_now:
+                if save_now and rank == 0:
                     save_checkpoint(path, model, teacher, optimizer, step + 1, settings)
                 if leaving:
-                    bar.close()
-                    print(f"stopped; {path} holds step {step + 1}, go on with --resume", file=sys.stderr)
-                    sys.exit(130)
+                    break
     finally:
         bar.close()
         signal.signal(signal.SIGINT, handler)
+    if ranks > 1:
+        dist.destroy_process_group()
+    if leaving:
+        if rank == 0:
+            print(f"stopped; {path} holds step {step + 1}, go on with --resume", file=sys.stderr)
+        sys.exit(130)
     print(f"{path}: step {stop} of {args.steps}")
-    if args.probe and stop == args.steps:
+    if rank == 0 and args.probe and stop == args.steps:
         probe.print_synth(path, device)
 
 

@@ -224,6 +224,7 @@ def test_a_pretext_task_of_your_own(store, tmp_path, tiny, monkeypatch):  # noqa
 
     class Loudness(losses.Pretext):
         """Tell which of the two excerpts is louder."""
+        hears = True
 
         def __init__(self, dim):
             super().__init__()

@@ -2,8 +2,10 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,20 +107,92 @@ def test_interrupt_leaves_a_checkpoint_that_goes_on(store, tmp_path, monkeypatch
     assert same(*(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in "ab"))
 
 
-def test_a_kill_during_save_keeps_the_old_checkpoint(store, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_old_checkpoint(store, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     run(monkeypatch, "--data", store, "--batch-size", 4, "--steps", 4, "--out", out, "--stop-at", 2)
+    before = (out / "checkpoint.pt").read_bytes()
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full_disk)
-        with pytest.raises(OSError):
-            run(patch, "--out", out, "--resume", "--stop-at", 3)
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "trim_log", lambda *_: None)             # else the log is the first to find out
+            patch.setattr(os, name, full_disk)
+            line = refused(patch, capsys, "--out", out, "--resume", "--stop-at", 3)
+        assert "checkpoint.pt: No space left" in line and "step 3" in line
+        assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob("*.part"))
     assert model.load_checkpoint(out / "checkpoint.pt").tokens == ("cpsd", "ntxent")
-    assert not list(out.glob("*.part"))
     run(monkeypatch, "--out", out, "--resume")
+
+
+def test_one_run_a_folder(store, tmp_path, monkeypatch, capsys):
+    """The second run is refused while the first lives; the lock dies with its owner, by whatever signal."""
+    out, common = tmp_path / "run", ("--data", store, "--batch-size", 4, "--steps", 2)
+    with train.run_folder(out, 0):
+        assert "another run is writing there" in refused(monkeypatch, capsys, *common, "--out", out)
+        assert not (out / "checkpoint.pt").exists()
+    owner = subprocess.Popen([sys.executable, "-c", "import fcntl, sys, time; lock = open(sys.argv[1]); fcntl.flock(lock, fcntl.LOCK_EX); "
+                              "print('mine', flush=True); sys.stdin.read()", out / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    owner.stdout.readline()
+    assert "another run" in refused(monkeypatch, capsys, *common, "--out", out)
+    owner.kill()
+    owner.communicate()
+    run(monkeypatch, *common, "--out", out)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(store, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    assert "file" in refused(monkeypatch, capsys, "--data", store, "--batch-size", 4, "--out", tmp_path / "file" / "run")
+    monkeypatch.setattr(Path, "mkdir", lambda self, **_: (_ for _ in ()).throw(PermissionError(13, "Permission denied", str(self))))
+    assert "Permission denied" in refused(monkeypatch, capsys, "--data", store, "--batch-size", 4, "--out", tmp_path / "run")
+
+
+HUGE = torch.empty(1).expand(10 ** 6, 10 ** 6)  # 4 TB of tensor in a file of four bytes
+
+
+@pytest.mark.parametrize("config, state", [(dict(dim=10 ** 6), {}), (dict(depth=10 ** 6), {}), (dict(depth=10 ** 12), {}), (dict(frames=10 ** 12), {}),
+                                           (dict(dim=10 ** 30), {}), (dict(heads=0), {}), (dict(dim=-24), {}), (dict(dim=24.0), {}), (dict(dim=float("nan")), {}),
+                                           (dict(depth=True), {}), (dict(dim="24"), {}), (dict(tokens=[["cpsd"]]), {}), (dict(tokens=7), {}), (dict(patch=1), {}),
+                                           (dict(patch="1x" + "9" * 5000), {}), (dict(pool=None), {}), (dict(patch="128x100000000", tokens=["ntxent"]), {}),
+                                           (dict(dim=10 ** 6, heads=1), {"blocks.0.out.weight": HUGE}), ({}, {"norm.weight": torch.ones(24, dtype=torch.float64)}),
+                                           ({}, {"norm.weight": torch.full((24,), float("nan"))}), ({}, {"norm.weight": torch.ones(24, device="meta")}),
+                                           ({}, {"norm.weight": [1.0] * 24}), ({}, {"more": torch.ones(1)})])
+def test_a_config_that_does_not_fit_the_file_takes_no_memory(config, state, tmp_path):
+    network = model.MT2(dim=24, depth=1, heads=2)
+    torch.save(dict(config=network.config | config, model=network.state_dict() | state), tmp_path / "checkpoint.pt")
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        new = model.MT2.__init__
+        patch.setattr(model.MT2, "__init__", lambda self, *a, **k: (new(self, *a, **k), made.append(self.norm.weight.device.type))[0])
+        with pytest.raises(data.InputError, match="checkpoint.pt"):
+            model.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert set(made) <= {"meta"}
+
+
+@pytest.mark.parametrize("change", [lambda c: c.pop("settings"), lambda c: c.pop("step"), lambda c: c.pop("optimizer"), lambda c: c.update(step="2"),
+                                    lambda c: c.update(step=-1), lambda c: c.update(step=10 ** 9), lambda c: c["settings"].pop("seed"),
+                                    lambda c: c["settings"].update(preset="huge"), lambda c: c["settings"].update(tokens=None),
+                                    lambda c: c["settings"].update(batch_size="4"), lambda c: c["settings"].update(tokens="cpsd"),
+                                    lambda c: c["settings"].update(preset="mt2"), lambda c: c["settings"].update(mask=float("nan")),
+                                    lambda c: c["model"].pop("norm.weight"), lambda c: c["optimizer"].pop("param_groups"),
+                                    lambda c: c["optimizer"]["param_groups"].pop(), lambda c: c.update(model=None)])
+def test_resuming_a_foreign_checkpoint_is_one_line(change, foreign, monkeypatch, capsys):
+    checkpoint = torch.load(foreign / "checkpoint.pt", weights_only=True)
+    change(checkpoint)
+    (foreign / "other").mkdir(exist_ok=True)
+    torch.save(checkpoint, foreign / "other" / "checkpoint.pt")
+    refused(monkeypatch, capsys, "--out", foreign / "other", "--resume")
+
+
+@pytest.fixture(scope="module")
+def foreign(song_folder, tmp_path_factory):
+    """A run folder whose checkpoint the test above takes apart."""
+    folder = tmp_path_factory.mktemp("foreign")
+    with pytest.MonkeyPatch.context() as patch:
+        store = data.prepare_folders([song_folder], folder / "store").folder
+        run(patch, "--data", store, "--batch-size", 4, "--steps", 4, "--stop-at", 2, "--out", folder)
+    return folder
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights(store, tmp_path, monkeypatch, capsys):
@@ -163,21 +237,28 @@ def test_bad_input_is_one_line(store, tmp_path, monkeypatch, capsys):
     assert "is not a checkpoint" in fail("--out", out, "--resume")
 
 
-def test_compile_is_steady(store, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [dict(tokens=list(losses.PRETEXT)), dict(tokens=["ntxent", "byol"], patch="16x16,128x2", pool="mean")])
+def test_compile_is_steady(kind, store, monkeypatch):
     """The step is one graph without breaks, and after the first one torch.compile has nothing left to compile."""
     counters = torch._dynamo.utils.counters
-    network = model.MT2(list(losses.PRETEXT), dim=24, depth=1, heads=2)
+    torch._dynamo.reset()
+    network = model.MT2(**kind, dim=24, depth=1, heads=2)
     teacher = deepcopy(network).requires_grad_(False)
-    segments = data.Segments([data.FrameStore(store)], 4)
+    segments, optimizer = data.Segments([data.FrameStore(store)], 4), train.make_optimizer(network)
     compiled = torch.compile(train.training_losses, backend="eager", fullgraph=True)
 
     def step(number):
-        compiled(network, teacher, train.make_batch(segments, network, 0, number, 3, 0.75, 10, "cpu"))
+        terms, _, _ = compiled(network, teacher, train.make_batch(segments, network, 0, number, 3, 0.75, 10, "cpu"))
+        optimizer.zero_grad(set_to_none=True)
+        sum(terms.values()).backward()
+        optimizer.step()
+        train.follow(teacher, network, number / 9)
 
     step(0)
     graphs = counters["stats"]["unique_graphs"]
-    for number in range(1, 4):
-        step(number)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for number in range(1, 4):
+            step(number)
     assert counters["stats"]["unique_graphs"] == graphs > 0
 
 

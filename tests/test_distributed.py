@@ -1,0 +1,140 @@
+"""Two processes train what one would: every loss and gradient, a whole run, an interrupt, a death."""
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import data
+import losses
+import model
+import train
+from test_train import run, store  # noqa: F401  (store is a fixture)
+
+ROOT = Path(__file__).resolve().parent.parent
+PATCHES = {"ntxent,byol of patches": dict(tokens=["ntxent", "byol"], patch="16x16,128x2", pool="mean")}
+CASES = {name: dict(tokens=[name]) for name in losses.PRETEXT} | PATCHES | {"compiled": dict(tokens=["skey", "byol"])}
+
+
+def one_step(case, store, share=slice(None)):
+    """Losses, logs, tokens, buffers and gradients of one step of a small network that is far from its start."""
+    torch.manual_seed(0)
+    network = model.MT2(**CASES[case], dim=32, depth=2, heads=2)
+    teacher = model.MT2(**CASES[case], dim=32, depth=2, heads=2).requires_grad_(False)
+    with torch.no_grad():
+        for p in [*network.parameters(), *teacher.parameters()]:
+            p.add_(0.1 * torch.randn(p.shape))
+    stores = [data.FrameStore(store)]
+    segments = data.Segments(stores, 8, {path: i for i, path in enumerate(stores[0].paths) if i % 3})
+    batch = train.make_batch(segments, network, 0, 5, 3, 0.5, 10, "cpu", share)
+    step = torch.compile(train.training_losses, backend="eager") if case == "compiled" and dist.is_initialized() else train.training_losses
+    terms, logs, seen = step(network, teacher, batch)
+    sum(terms.values()).backward()
+    if dist.is_initialized():
+        train.average_gradients(network)
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    values = {f"{kind} {name}": value.detach().float() for kind, part in (("loss", terms), ("log", logs), ("token", seen), ("gradient", gradients),
+                                                                         ("buffer", dict(network.named_buffers()))) for name, value in part.items()}
+    return values
+
+
+def half(rank, folder, store):
+    """One of two processes: its half of every case."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "meet"), 2), rank=rank, world_size=2)
+    torch.save({case: one_step(case, store, slice(4 * rank, 4 * rank + 4)) for case in CASES}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def halves(song_folder, tmp_path_factory):
+    """What two processes made of all cases, and the store of frames they used."""
+    folder = tmp_path_factory.mktemp("halves")
+    store = data.prepare_folders([song_folder], folder / "store").folder
+    torch.multiprocessing.spawn(half, (folder, store), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)], store
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_halves_are_a_whole(case, halves):
+    (first, second), store = halves
+    whole = one_step(case, store)
+    assert whole.keys() == first[case].keys() and any(name.startswith("gradient blocks.0") for name in whole)
+    for name, value in whole.items():
+        assert torch.equal(first[case][name], second[case][name]), name    # or the ranks would drift apart
+        torch.testing.assert_close(first[case][name], value, rtol=1e-3, atol=1e-5, msg=lambda text: f"{name}: {text}")
+    assert max(value.abs().max() for name, value in whole.items() if name.startswith("gradient blocks.0")) > 1e-3
+
+
+def test_shares_make_the_batch(halves):
+    segments = data.Segments([data.FrameStore(halves[1])], 8)
+    whole, shares = segments.batch(3, 7, 3, 0.6), [segments.batch(3, 7, 3, 0.6, slice(i, i + 2)) for i in (0, 2, 4, 6)]
+    for i in (0, 2):                                                       # frames, positions
+        assert torch.equal(torch.cat([share[i] for share in shares], dim=1), whole[i])
+    assert all(torch.equal(share[i], whole[i]) for share in shares for i in (1, 3))
+
+
+def two_processes(folder, at_step_2, *flags):
+    """train.py as torchrun would start it, twice; the second process does `at_step_2` while it makes that batch. [(exit code, out, err)]."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = f"""
+import os, signal, sys
+import torch
+import data, train
+torch.set_num_threads(1)
+batch = data.Segments.batch
+def watched(self, seed, step, *rest):
+    if step == 2 and os.environ["RANK"] == "1":
+        {at_step_2}
+    return batch(self, seed, step, *rest)
+data.Segments.batch = watched
+data.run_cli(train.main)
+"""
+    start = lambda rank: subprocess.Popen(
+        [sys.executable, "-c", script, "--preset", "small", "--device", "cpu", "--no-probe", *map(str, flags)], cwd=folder,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | dict(PYTHONPATH=str(ROOT), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)))
+    running = [start(rank) for rank in (0, 1)]
+    try:
+        said = [process.communicate(timeout=120) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [(process.returncode, *text) for process, text in zip(running, said)]
+
+
+def test_a_run_of_two_stops_as_one_and_goes_on_alone(store, tmp_path, monkeypatch):  # noqa: F811
+    common = ("--data", store, "--batch-size", 8, "--steps", 6, "--log-every", 2)
+    run(monkeypatch, *common, "--out", tmp_path / "a")
+    first, second = two_processes(tmp_path, "signal.raise_signal(signal.SIGINT)", *common, "--out", tmp_path / "b")
+    assert first[0] == second[0] == 130, (first, second)
+    assert "stopped" in first[2] and second[1] == "" and "stopped" not in second[2] and "training" not in second[2]
+    assert torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)["step"] == 4      # the next log line
+    run(monkeypatch, "--out", tmp_path / "b", "--resume", "--log-every", 2)
+    a, b = ([json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in "ab")
+    assert [line["step"] for line in a] == [line["step"] for line in b] == [2, 4, 6]
+    for one, two in zip(a, b):
+        for name in ("cpsd", "ntxent", "grad_norm", "ntxent_rank"):
+            assert two[name] == pytest.approx(one[name], rel=0.02), (one["step"], name)      # AdamW grows what rounding leaves
+
+
+def test_a_death_ends_the_run_in_one_line(store, tmp_path):  # noqa: F811
+    first, second = two_processes(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", "--data", store, "--batch-size", 8, "--steps", 9,
+                                  "--save-every", 1, "--out", tmp_path / "run")
+    assert second[0] == -9 and first[0] == 2
+    assert [line for line in first[2].splitlines() if line.startswith("error: ")] == [
+        "error: another process of this run ended or cannot be reached; see what it said, then go on with --resume"]
+    assert "Traceback" not in first[2] and torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
+def test_processes_share_a_batch_evenly(tmp_path):
+    args = train.parse_args(["--preset", "small", "--batch-size", "9", "--out", str(tmp_path)])
+    with pytest.raises(data.InputError, match="--batch-size 9: 2 processes"):
+        train.settle(args, torch.device("cpu"), 2)
