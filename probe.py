@@ -1909,7 +1909,7 @@ def read_keys(path):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             return {row["file"]: parse_key(row["key"] or "") for row in csv.DictReader(file)}
-    except (OSError, KeyError, UnicodeDecodeError):
+    except (OSError, KeyError, TypeError, UnicodeDecodeError):
         raise InputError(f"{path}: is not a readable CSV with the columns file,key") from None
 
 

@@ -3,7 +3,7 @@
     python train.py --tokens cpsd,ntxent                      the main job: synthetic songs, seven minutes on two cores
     python train.py --tokens cpsd --out out/cpsd              one token alone: the paper's baselines
     python train.py --data ~/Music --out out/mine             your own recordings
-    python train.py --data synth ~/Music --mix 3,1            both, three pieces in four synthetic
+    python train.py --data synth ~/Music --mix 3,1            both, three pieces in four of them synthetic
     python train.py --tokens cpsd,byol                        any set of the pretext tasks of losses.PRETEXT
     python train.py --preset myna-base                        another paper's model
     python train.py --out out/mine --resume                   go on, bit for bit, from the last checkpoint
@@ -18,7 +18,6 @@ trunk; class tokens are then gathered, so every loss sees the whole batch; gradi
 same step. A checkpoint goes on with any number of them. Machines need one common disk (data, labels, --out).
 """
 import argparse
-import csv
 import io
 import json
 import math
@@ -194,28 +193,15 @@ def collapse_report(tokens):
     return report, collapsed
 
 
-def read_keys(path, stores):
+def keys_of(path, stores):
     """Labels of a CSV with columns file,key: {path in a store: 0..23}. A file is named as in the store, or below its folder."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            wanted = {row["file"]: probe.parse_key(row["key"]) for row in csv.DictReader(file)}
-    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
-        raise InputError(f"{path}: is not a readable CSV with the columns file,key") from None
-    paths = [p for store in stores for p in store.paths]
-    keys = {p: wanted.get(p, wanted.get(str(Path(*Path(p).parts[1:])))) for p in paths}
+    paths, wanted = [p for store in stores for p in store.paths], probe.read_keys(path)
+    keys = {p: wanted.get(p, wanted.get(probe.below(p))) for p in paths}
     keys = {p: key for p, key in keys.items() if key is not None}
     print(f"{path}: {len(keys)} of {len(paths)} tracks have a key")
     if not keys:
         raise InputError(f"{path}: none of its files is in the data; name them as in index.jsonl of the store")
     return keys
-
-
-def shares_of(text):
-    """'3,1' -> [3.0, 1.0]; None -> None."""
-    try:
-        return [float(part) for part in text.split(",")] if text else None
-    except ValueError:
-        raise InputError(f"--mix {text!r}: give numbers such as 3,1") from None
 
 
 def pick_device(name):
@@ -280,12 +266,17 @@ def run_folder(out, step):
             yield log
 
 
+def shares(text):
+    """'3,1' -> [3.0, 1.0]."""
+    return [float(share) for share in text.split(",")]
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("what to learn, from what")
     group.add_argument("--tokens", help=f"pretext tasks, one class token each: any of {', '.join(PRETEXT)}")
     group.add_argument("--data", nargs="+", default=["synth"], help="folders of music or frame stores; synth: the embedded songs")
-    group.add_argument("--mix", help="how often each source of --data is drawn from, as shares: 3,1 (default: by the piece)")
+    group.add_argument("--mix", type=shares, help="how often each source of --data is drawn from, as shares: 3,1 (default: by the piece)")
     group.add_argument("--labels-csv", help="CSV with columns file,key: labels that the token tone learns from")
     group.add_argument("--out", default="out/mt2", help="run folder")
     group = parser.add_argument_group("size and length (defaults from the preset)")
@@ -314,7 +305,7 @@ def parse_args(argv=None):
 
 # What a checkpoint fixes: --resume takes these from it.
 SETTINGS = dict(tokens=str, data=list, preset=str, steps=int, batch_size=int, mask=float, patch=str, pool=str, lr=float, warmup=float,
-                clip=float, omega=str, seed=int, mix=(str, type(None)), labels_csv=(str, type(None)))
+                clip=float, omega=str, seed=int, mix=(list, type(None)), labels_csv=(str, type(None)))
 
 
 def settle(args, device, ranks):
@@ -386,7 +377,7 @@ def train(args):
     print(f"tokens {args.tokens}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 
     stores = open_data(args.data)
-    segments = Segments(stores, args.batch_size, read_keys(args.labels_csv, stores) if args.labels_csv else None, shares_of(args.mix))
+    segments = Segments(stores, args.batch_size, keys_of(args.labels_csv, stores) if args.labels_csv else None, args.mix)
     print(f"data {' '.join(args.data)}: {segments.summary}; {args.steps} steps of {args.batch_size}, mask {args.mask}")
     optimizer, start = make_optimizer(model), 0
     # Teachers share one moving average of the network, heads included.

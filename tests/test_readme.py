@@ -1,0 +1,48 @@
+"""README cannot rot: its quick commands run, its names exist, its figures are there, and it stays short."""
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_quick_commands_and_snippets_run_as_they_stand(tmp_path, song_folder):
+    """Every fenced block marked `quick`, in order, in a folder that holds the code, music/ and song.ogg."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "tests/weights", tmp_path / "tests/weights")
+    shutil.copytree(song_folder, tmp_path / "music")
+    shutil.copy(song_folder / "three.ogg", tmp_path / "song.ogg")
+    blocks = re.findall(r"^```(sh|python) quick\n(.*?)^```", README, flags=re.S | re.M)
+    assert len(blocks) >= 3
+    for language, text in blocks:
+        runs = [["-c", text]] if language == "python" else [shlex.split(line, comments=True)[1:] for line in text.splitlines()]
+        for run in runs:
+            done = subprocess.run([sys.executable, *run], cwd=tmp_path, capture_output=True, text=True)
+            assert done.returncode == 0, f"{' '.join(run)}\n{done.stdout}\n{done.stderr}"
+
+
+def test_links_lead_to_the_lines_they_name():
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
+    assert len(links) > 10
+    for name, file, line in links:
+        assert re.match(rf"(def|class) {name}\b|{name} =", (ROOT / file).read_text().splitlines()[int(line) - 1]), f"{name}: not at {file}:{line}"
+    for figure in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / figure).exists(), figure
+
+
+def test_every_flag_and_command_it_names_exists():
+    known = set()
+    for file in ("data.py", "train.py", "probe.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / file).read_text()))
+    known |= {"--no-probe", "--no-compile"}
+    torchrun, elsewhere = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}, {"--quiet", "--requirement"}
+    assert set(re.findall(r"(?<![\w-])--[a-z_-]+[a-z]", README)) <= known | torchrun | elsewhere
+
+
+def test_it_is_short_enough_to_read():
+    assert len(README.splitlines()) <= 400
