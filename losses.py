@@ -318,10 +318,11 @@ class SKey(CPSD):
 
 
 class Tone(SKey):
-    """Semi-TONE: 24 outputs, CPSD and agreement of the views on the mode; labelled pieces also learn their key.
+    """Semi-TONE: 24 outputs and CPSD; the views of a piece agree on the mode, or where it has a label, learn its key.
 
     Without any label this is STONE's 24-class model, with labels on all pieces its supervised one. A label names the
-    key as played; a view at crop c hears it c semitones lower.
+    key as played; a view at crop c hears it c semitones lower. (Where a label is known nothing else speaks of the mode:
+    agreement alone likes one mode for all, and beside it even labels on every piece taught none. Our choice.)
     """
     hears = False
     # Which view's major share teaches which (target, prediction, weight), times 1.5: STONE's 24-class code.
@@ -331,12 +332,13 @@ class Tone(SKey):
         keys = self.keys(token)                                                                # (3, batch, 24)
         loss, logs = self.equivariance(keys.unflatten(-1, (2, 12)).sum(dim=-2), batch)
         major = keys[..., :12].sum(dim=-1).clamp(1e-6, 1 - 1e-6)                               # (3, batch)
-        mode = sum(weight * -(major[t] * major[p].log() + (1 - major[t]) * (1 - major[p]).log()).mean() for t, p, weight in self.AGREE)
+        agree = sum(weight * -(major[t] * major[p].log() + (1 - major[t]) * (1 - major[p]).log()) for t, p, weight in self.AGREE)  # (batch,)
         label = batch["keys"]                                                                  # (batch,)
         signature = torch.where(label < 12, label, label + 3) % 12
         heard = (signature + batch["shifts"]) % 12 + 12 * (label >= 12)                        # (3, batch)
         surprise = -keys.clamp(min=1e-6).log().gather(-1, heard[..., None])[..., 0]
         known = (label >= 0).float()
+        mode = (agree * (1 - known)).sum() / (1 - known).sum().clamp(min=1)
         named = (surprise * known).sum() / (3 * known.sum()).clamp(min=1)
         logs |= {"cpsd_term": loss.detach(), "mode_term": mode.detach(), "label_term": named.detach(), "labelled_share": known.mean()}
         return loss + self.MODE * mode + named, logs

@@ -1,4 +1,7 @@
-"""Speed, as ratios within one run: python tests/bench.py (about five minutes on two cores; not part of the test suite)."""
+"""Speed, as ratios within one run: python tests/bench.py (about five minutes on two cores; not part of the test suite).
+
+python tests/bench.py learn: does each token learn (half an hour)?
+"""
 import contextlib
 import io
 import json
@@ -250,7 +253,22 @@ def training_step():
                   f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, batch and views take {100 * views / step:.0f} % of that time")
 
 
+def learn():
+    """Does every token alone learn the embedded songs in 400 steps? Its held-out score beside raw and the best untrained row."""
+    root = Path(__file__).resolve().parent.parent
+    for token in losses.PRETEXT:
+        column = "retrieval" if losses.PRETEXT[token](8).branch == "mel" else "key @64"
+        with tempfile.TemporaryDirectory() as out:
+            subprocess.run([sys.executable, root / "train.py", "--tokens", token, "--steps", "400", "--out", out], check=True, capture_output=True)
+            rows = {name: row[column]["mean"] for name, row in json.loads((Path(out) / "probe-synth.json").read_text())["rows"].items()}
+        untrained = max(value for name, value in rows.items() if name.startswith("untrained"))
+        verdict = "learnt" if rows[token] > max(rows["raw"], untrained) else "NOT LEARNT"
+        print(f"{token:8} {column:10} {100 * rows[token]:5.1f}   raw {100 * rows['raw']:.1f}   best untrained row {100 * untrained:.1f}   {verdict}", flush=True)
+
+
 def main():
+    if sys.argv[1:] == ["learn"]:
+        return learn()
     processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?") if Path("/proc/cpuinfo").exists() else platform.processor()
     print(f"torch {torch.__version__}, numpy {np.__version__}, {processor}, {torch.get_num_threads()} threads\n")
     print(f"{'seconds of audio per second':34}{'16 clips of 4 s':>18}{'one of 10 min':>18}")
