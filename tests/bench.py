@@ -226,8 +226,11 @@ def training_step():
 
         ours, theirs, views = (seconds(lambda: function(next(steps))) for function, steps in
                                ((train_one, count()), (train_plain, count()), (batch, count())))
+        by_mask = {share: seconds(lambda: one(next(steps))) for share in (0.0, 0.5, 0.75, 0.9)
+                   for (one, _), steps in [(our_step(network, segments, share, torch.device("cpu")), count())]}
     print(f"\ntraining step, preset small, 3 views of 128, mask {mask}, {pick_amp(torch.device('cpu'))[1]}")
     print(f"  ours {1000 * ours:.0f} ms, plain {1000 * theirs:.0f} ms: {theirs / ours:.1f} x; batch and views {100 * views / ours:.1f} % of ours")
+    print("  by mask: " + ", ".join(f"{share} {3 * 128 / taken:.0f} clips/s" for share, taken in by_mask.items()))
 
     print("training step on a GPU, preset mt2, bf16, torch.compile")
     if not torch.cuda.is_available():
