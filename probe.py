@@ -1811,12 +1811,12 @@ def run_task(args):
     for remark in remarks + ([speed] if speed else []):
         print(remark)
     name = re.sub(r"[^\w-]+", "-", args.task if args.task in TASKS else f"{args.task}-{Path(args.data).resolve().stem}-{args.label if args.task == 'csv' else ''}").strip("-")
-    write_json(beside(source, f"probe-{name}{'-grid' if args.grid else ''}.json"), title, results, chance)
+    write_json(Path(source).with_name(f"probe-{name}{'-grid' if args.grid else ''}.json"), title, results, chance)
     if args.confusion:
         for target, kind in targets.items():
             if (args.confusion, target) not in predictions or kind in ("tags", "regression", "tempo"):
                 raise InputError(f"--confusion {args.confusion}: give a row of this table, of a task with classes or keys")
-            print_confusion(*predictions[args.confusion, target], beside(source, f"confusion-{name}-{target}.png"))
+            print_confusion(*predictions[args.confusion, target], Path(source).with_name(f"confusion-{name}-{target}.png"))
 
 
 def print_list():
@@ -1894,7 +1894,7 @@ def print_synth(checkpoint, device):
     title = (f"{checkpoint} on {len(SYNTH_SPLITS['test'])} held-out synthetic songs: accuracy in %, {SEEDS} probe seeds\n"
              "(@n: n labelled songs; 0-shot: no labels, raw = Krumhansl template; retrieval: the same song among 128)")
     print_table(title, results, chance)
-    write_json(beside(checkpoint, "probe-synth.json"), title, results, chance)
+    write_json(Path(checkpoint).with_name("probe-synth.json"), title, results, chance)
 
 
 def name_of(probabilities):
@@ -1969,7 +1969,7 @@ def print_key(checkpoint, device, songs, labels):
              "for a fifth; weighted: MIREX, ascending fifths (both: either way)")
     chance = {"signature": 1 / 12, "KSEA": 1 / 6, "accuracy": 1 / 24, "mode": 0.5}
     print_table(title, results, chance)
-    write_json(beside(checkpoint, f"probe-key-{Path(songs[0]).resolve().name}.json"), title, results, chance)
+    write_json(Path(checkpoint).with_name(f"probe-key-{Path(songs[0]).resolve().name}.json"), title, results, chance)
 
 
 def write_embeddings(checkpoint, device, folders, out, windows):
@@ -2076,24 +2076,16 @@ def print_emergence(args, checkpoint):
              "moved round in each window, 100 times [where 95 % of them lie]")
     print_table(title, results, chance)
     print(*remarks, sep="\n")
-    write_json(beside(checkpoint, f"probe-emergence{f'-{Path(args.data).resolve().name}' if args.data else ''}.json"), title, results, chance)
-
-
-SHIPPED = Path(__file__).parent / "tests/weights/mt2.pt"
+    write_json(Path(checkpoint).with_name(f"probe-emergence{f'-{Path(args.data).resolve().name}' if args.data else ''}.json"), title, results, chance)
 
 
 def newest_checkpoint():
-    """The checkpoint written last below out/, or else the weights that come with the code."""
-    path = max(Path("out").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime, default=SHIPPED)
-    if not path.exists():
+    """The checkpoint written last below out/. Raises InputError when there is none."""
+    path = max(Path("out").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime, default=None)
+    if path is None:
         raise InputError("no run in out/; train one with: python train.py, or name a file with --checkpoint")
-    print(f"checkpoint {path}" + (": no run in out/, so the weights that come with the code" if path == SHIPPED else ""))
+    print(f"checkpoint {path}")
     return path
-
-
-def beside(checkpoint, name):
-    """Where results go: into the run's folder; those of the shipped weights into out/."""
-    return (Path("out/shipped") / name) if Path(checkpoint).resolve() == SHIPPED.resolve() else Path(checkpoint).with_name(name)
 
 
 def shares_of(text):

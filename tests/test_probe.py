@@ -949,6 +949,5 @@ def test_probing_without_a_key_token_or_a_run_is_refused(song_folder, tmp_path, 
     torch.save(dict(config=net.config, model=net.state_dict()), tmp_path / "n.pt")
     with pytest.raises(data.InputError, match="no token that hears keys"):
         command(monkeypatch, "key", song_folder, "--checkpoint", tmp_path / "n.pt")
-    monkeypatch.setattr(probe, "SHIPPED", tmp_path / "none.pt")
     with pytest.raises(data.InputError, match="no run in out/"):
         command(monkeypatch, "key", song_folder)

@@ -14,7 +14,6 @@ def test_quick_commands_and_snippets_run_as_they_stand(tmp_path, song_folder):
     """Every fenced block marked `quick`, in order, in a folder that holds the code, music/ and song.ogg."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "tests/weights", tmp_path / "tests/weights")
     shutil.copytree(song_folder, tmp_path / "music")
     shutil.copy(song_folder / "three.ogg", tmp_path / "song.ogg")
     blocks = re.findall(r"^```(sh|python) quick\n(.*?)^```", README, flags=re.S | re.M)
@@ -28,7 +27,7 @@ def test_quick_commands_and_snippets_run_as_they_stand(tmp_path, song_folder):
 
 def test_links_lead_to_the_lines_they_name():
     links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
-    assert len(links) > 10
+    assert len(links) >= 10
     for name, file, line in links:
         assert re.match(rf"(def|class) {name}\b|{name} =", (ROOT / file).read_text().splitlines()[int(line) - 1]), f"{name}: not at {file}:{line}"
     for figure in re.findall(r"!\[.*?\]\((.*?)\)", README):
