@@ -213,8 +213,8 @@ def load_checkpoint(path, device="cpu"):
         if not all(type(config[name]) is int and config[name] > 0 for name in ("dim", "depth", "heads", "frames")) or config["depth"] > len(state):
             raise ValueError
         with torch.device("meta"):
-            wanted = {name: (t.shape, t.is_floating_point(), torch.device("cpu"), True) for name, t in MT2(**config).state_dict().items()}
-        if wanted != {name: (t.shape, t.is_floating_point(), t.device, t.is_contiguous()) for name, t in state.items()}:
+            wanted = {name: (t.shape, t.dtype, torch.device("cpu"), True) for name, t in MT2(**config).state_dict().items()}
+        if wanted != {name: (t.shape, t.dtype, t.device, t.is_contiguous()) for name, t in state.items()}:
             raise ValueError
         if not all(t.isfinite().all() for t in state.values()):
             raise InputError(f"{path}: holds weights that are not finite; train anew with a lower --lr")
