@@ -14,6 +14,7 @@ That is 224 x 31.25 bytes a second, 25.2 MB an hour. Training cuts 4 s segments 
 choosing where an 84-bin crop of the 96 CQT bins starts. Read top to bottom: audio, front ends, store, songs, views.
 """
 import argparse
+import errno
 import hashlib
 import inspect
 import json
@@ -455,14 +456,20 @@ def find_audio(folders):
 
 
 @contextmanager
-def locked(folder):
-    """Keep other processes out of `folder`. The lock ends with the process, however that ends. Raises InputError if it is taken."""
+def locked(folder, taken="another process is preparing it; start again when it is done"):
+    """Keep other processes out of `folder`. The lock ends with the process, however that ends. Raises InputError, `taken`, if it is not free.
+
+    On Windows and on disks without locks nobody is kept out: two at once are then the user's care.
+    """
     with open(folder / "lock", "wb") as file:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{folder}: another process is preparing it; start again when it is done") from None
+            raise InputError(f"{folder}: {taken}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
         yield
 
 

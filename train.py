@@ -36,7 +36,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import probe
-from data import SEGMENT, InputError, Segments, kept_positions, open_data, run_cli, training_views, write_atomic
+from data import SEGMENT, InputError, Segments, kept_positions, locked, open_data, run_cli, training_views, write_atomic
 from losses import PRETEXT, effective_rank
 from model import MT2, pick_amp, read_checkpoint
 
@@ -253,14 +253,7 @@ def save_checkpoint(path, model, teacher, optimizer, step, settings):
 def run_folder(out, step):
     """Make the folder `out`, keep other runs away from it, and give its log, open at `step`. Raises InputError when another has it."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "w") as lock:
-        try:
-            import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it with the process, however that ends
-        except BlockingIOError:
-            raise InputError(f"{out}: another run is writing there; wait for its end, or choose another --out") from None
-        except (ImportError, OSError):
-            pass  # Windows, or a disk without locks: two runs are then the user's care
+    with locked(out, "another run is writing there; wait for its end, or choose another --out"):
         trim_log(out / "log.jsonl", step)
         with open(out / "log.jsonl", "a") as log:
             yield log
