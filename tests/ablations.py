@@ -1,19 +1,28 @@
-"""Two design choices, taken back: train.py with one line changed, everything else alike.
+"""Design choices taken back, and regularisers tried: train.py with one thing changed, everything else alike.
 
-    python tests/ablations.py mel-kept --out out/mel-kept        the transposed view hears its mel
-    python tests/ablations.py plain-init --out out/plain-init    ordinary random weights instead of equivariant at birth
+    python tests/ablations.py mel-kept --out out/mel-kept    the transposed view hears its mel
+    python tests/ablations.py plain-init                     ordinary random weights instead of equivariant at birth
+    python tests/ablations.py jitter                         each view through an equaliser and at a level of its own
+    python tests/ablations.py mixing                         half of the pieces have another one in the background
+    python tests/ablations.py drop-path                      a block is skipped for one item in ten
+    python tests/ablations.py decay                          five times the weight decay
 
-All flags of train.py are understood. The table at the end tells what each choice is worth.
+All flags of train.py are understood. README has the tables: the first two cost, the others do not pay at this scale.
 """
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
+
+
+def mel_kept():
+    train.training_views = data.crop_views
 
 
 def plain_init():
@@ -27,12 +36,55 @@ def plain_init():
     model.MT2.__init__ = init
 
 
+def change_frames(change):
+    """Let `change(frames in [0, 1], rng)` at the frames (views, batch, kept, 224) of every batch, before they are cropped."""
+    plain = train.training_views
+
+    def views(frames, crops):
+        rng = np.random.default_rng(frames[0, 0, 0].cpu().numpy())               # drawn from the batch: a resumed run draws the same
+        return plain((change(frames.float() / 255, rng).clamp(0, 1) * 255), crops)
+    train.training_views = views
+
+
+def jitter(frames, rng):
+    """A smooth curve over frequency (cosines of 4, 3, 2 and 2 dB) and a level within 6 dB, another for each view; silence stays."""
+    cqt = np.arange(data.N_BINS) / data.N_BINS                             # octaves above 27.5 Hz, 0..1
+    to_mel = np.linspace(0, 15 + 27 * np.log(8) / np.log(6.4), data.N_MELS)  # Slaney's scale
+    hertz = np.where(to_mel < 15, to_mel * 200 / 3, 1000 * 6.4 ** ((to_mel - 15) / 27))
+    place = np.concatenate([cqt, np.log2(np.maximum(hertz, data.FMIN) / data.FMIN) / 8])
+    shape, waves = frames.shape[:2], np.arange(1, 5)[:, None]
+    size, phase = rng.normal(0, [4, 3, 2, 2], (*shape, 4)), rng.uniform(0, 2 * np.pi, (*shape, 4))
+    decibels = (size[..., None] * np.cos(np.pi * waves * place + phase[..., None])).sum(axis=2) + rng.uniform(-6, 6, (*shape, 1))
+    curve = torch.from_numpy(decibels / data.DYNAMIC_RANGE).float()        # (views, batch, 224)
+    return torch.where(frames > 0, frames + curve[:, :, None], frames)
+
+
+def mixing(frames, rng):
+    """The louder of two pieces in each band; the other one 6 to 18 dB down."""
+    down = np.where(rng.random(frames.shape[1]) < 0.5, rng.uniform(6, 18, frames.shape[1]), data.DYNAMIC_RANGE)
+    down = torch.from_numpy(down / data.DYNAMIC_RANGE).float()             # (batch,)
+    return torch.maximum(frames, frames.roll(1, dims=1) - down[:, None, None])
+
+
+def drop_path():
+    whole = model.Block.forward
+
+    def forward(self, x):
+        kept = torch.rand(len(x), 1, 1, device=x.device) < 0.9
+        return torch.where(kept, x + (whole(self, x) - x) / 0.9, x) if self.training else whole(self, x)
+    model.Block.forward = forward
+
+
+def decay():
+    train.WEIGHT_DECAY = tuple(5 * value for value in train.WEIGHT_DECAY)
+
+
+CHANGES = {"mel-kept": mel_kept, "plain-init": plain_init, "jitter": lambda: change_frames(jitter),
+           "mixing": lambda: change_frames(mixing), "drop-path": drop_path, "decay": decay}
+
 if __name__ == "__main__":
-    choice = sys.argv.pop(1)
-    if choice == "mel-kept":
-        train.training_views = data.crop_views
-    elif choice == "plain-init":
-        plain_init()
-    else:
-        sys.exit(f"{choice}: give mel-kept or plain-init")
+    choice = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if choice not in CHANGES:
+        sys.exit(f"{choice!r}: give one of {', '.join(CHANGES)}")
+    CHANGES[choice]()
     data.run_cli(train.main)
