@@ -441,12 +441,15 @@ def find_audio(folders):
     A folder given twice counts once; the second of two folders with one name is called NAME-2.
     Raises InputError if a folder is missing or nothing in it looks like audio.
     """
-    found, names = {}, []
+    found, names = {}, set()
     for folder in dict.fromkeys(Path(f).resolve() for f in folders):
         if not folder.is_dir():
             raise InputError(f"{folder}: is not a folder; give a folder that holds audio files")
-        names.append(folder.name)
-        name = folder.name if names.count(folder.name) == 1 else f"{folder.name}-{names.count(folder.name)}"
+        name, copy = folder.name, 1
+        while name in names:
+            copy += 1
+            name = f"{folder.name}-{copy}"
+        names.add(name)
         for path in folder.rglob("*"):  # names that start with a dot are leftovers of other systems
             if path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith(".") and path.is_file():
                 found[str(Path(name) / path.relative_to(folder))] = path
