@@ -3,8 +3,15 @@
     python data.py FOLDER... --out data/NAME      prepare a frame store from folders of music
     python data.py synth                          prepare the embedded synthetic songs (data/synth)
 
-A ViT-1D reads music as a sentence whose words are spectrogram frames. This file makes the words. Every recording is
-decoded once, turned into two spectrograms on one time grid (31.25 frames a second), and kept as bytes in a memory map:
+A ViT-1D reads music as a sentence whose words are spectrogram frames. This file makes the words.
+
+The little music that it takes: a note an octave higher has twice the frequency and goes by the same name, its pitch class.
+An octave is divided into 12 equal steps, semitones, each a factor of 2^(1/12) in frequency. To transpose music is to move
+all its notes by so many semitones; it is then in another key, but its timbre, the sound that tells a flute from a violin
+on the same note, stays. So there are two spectrograms. The CQT (constant-Q transform) has one bin a semitone: transposed
+music is the same picture some rows higher. The mel spectrogram has bands as wide as the ear's, and shows timbre.
+
+Every recording is decoded once, turned into both on one time grid (31.25 frames a second), and kept in a memory map:
 
     data/NAME/frames.bin    uint8 (frames, 224): columns 0..95 the CQT (one a semitone), 96..223 the mel bands
     data/NAME/index.jsonl   one line a track, in sorted order: path and number of frames, or why it was skipped
@@ -14,7 +21,6 @@ That is 224 x 31.25 bytes a second, 25.2 MB an hour. Training cuts 4 s segments 
 choosing where an 84-bin crop of the 96 CQT bins starts. Read top to bottom: audio, front ends, store, songs, views.
 """
 import argparse
-import errno
 import hashlib
 import inspect
 import json
@@ -26,7 +32,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +47,7 @@ try:
 except ImportError:  # Windows: two preparations of one folder are not kept apart
     fcntl = None
 
-SAMPLE_RATE = 16000        # Hz. MT2, CoJEPA, Myna (paper)
+SAMPLE_RATE = 16000        # Hz. MT2, CoJEPA, Myna (paper). It holds frequencies up to its half, the Nyquist frequency
 HOP = 512                  # samples between frames: 32 ms (MT2: deduced from 126 frames per 4 s)
 FMIN = 27.5                # Hz, the piano's lowest A (STONE)
 BINS_PER_OCTAVE = 12       # one bin a semitone, so moving by one bin is transposing by one semitone (STONE)
@@ -114,7 +120,7 @@ def resample_blocks(blocks, rate_in, rate_out):
         return
     units_per_second = math.gcd(rate_in, rate_out)
     up, down = rate_out // units_per_second, rate_in // units_per_second
-    margin, core = math.ceil(0.1 * units_per_second), math.ceil(1.5 * units_per_second)  # in units
+    margin, core = math.ceil(0.1 * units_per_second), math.ceil(1.5 * units_per_second)        # in units
     n_in, n_out = (core + 2 * margin) * down, (core + 2 * margin) * up
     lower = min(n_in, n_out) // 2                               # FFT bin of the lower Nyquist frequency
     fade = ((torch.arange(lower + 1) / lower - 0.92) / 0.08).clamp(0, 1)
@@ -125,12 +131,12 @@ def resample_blocks(blocks, rate_in, rate_out):
             block = torch.zeros((core + margin) * down)
         else:
             received += len(block)
-        buffer = torch.cat([buffer, block])
+        buffer = torch.cat([buffer, block])                     # (samples,) at rate_in
         if len(buffer) < n_in:
             continue
         framed = buffer.unfold(0, n_in, core * down)            # (n, n_in), overlapping
-        spectrum = torch.fft.rfft(framed)[:, :lower + 1] * gain
-        output = torch.fft.irfft(spectrum, n=n_out)[:, margin * up:-margin * up].flatten()
+        spectrum = torch.fft.rfft(framed)[:, :lower + 1] * gain  # (n, lower + 1)
+        output = torch.fft.irfft(spectrum, n=n_out)[:, margin * up:-margin * up].flatten()     # (samples,) at rate_out
         buffer = buffer[len(framed) * core * down:]
         output = output[:math.ceil(received * up / down) - sent]
         sent += len(output)
@@ -148,31 +154,26 @@ def read_audio(path, sample_rate=SAMPLE_RATE):
     Memory stays at a few blocks however long the file is. Raises InputError, naming the file, when it is not audio,
     cannot be read, is empty, silent or holds NaN.
     """
-    peak, frames = 0.0, 0
-
     def mono_blocks(file):
-        nonlocal peak, frames
         size = min(20 * file.samplerate, 2 ** 22 // file.channels)
-        while len(block := file.read(size, dtype="float32", always_2d=True)):
-            wave = torch.from_numpy(block.mean(axis=1))         # (samples,)
-            loudest = wave.abs().max().item()
-            if not math.isfinite(loudest):
-                raise InputError(f"{path}: holds NaN or infinite samples; export it again")
-            peak, frames = max(peak, loudest), frames + len(wave)
-            yield wave
+        while len(block := file.read(size, dtype="float32", always_2d=True)):                  # (samples, channels)
+            yield torch.from_numpy(block.mean(axis=1))                                         # (samples,)
 
+    peak = 0.0
     try:
         with sf.SoundFile(os.fsencode(path)) as file:
             if not 2000 <= file.samplerate <= 768000:
                 raise InputError(f"{path}: a sample rate of {file.samplerate} Hz is not music; convert the file")
-            yield from resample_blocks(mono_blocks(file), file.samplerate, sample_rate)
+            for wave in resample_blocks(mono_blocks(file), file.samplerate, sample_rate):
+                peak = np.abs(wave.numpy()).max(initial=peak)
+                if not math.isfinite(peak):
+                    raise InputError(f"{path}: holds NaN or infinite samples; export it again")
+                yield wave
     except (sf.SoundFileError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).rpartition(": ")[2].rstrip(".")
         raise InputError(f"{path}: cannot be decoded ({reason}); check that it is a complete, readable audio file") from None
-    if not frames:
-        raise InputError(f"{path}: holds no audio; remove it or export it again")
     if peak < 1e-4:  # -80 dBFS; also a stereo file whose channels cancel each other
-        raise InputError(f"{path}: is silent when mixed to mono; remove it or check its channels")
+        raise InputError(f"{path}: is empty, or silent when mixed to mono; remove it or check its channels")
 
 
 def load_audio(path, sample_rate=SAMPLE_RATE):
@@ -183,13 +184,35 @@ def load_audio(path, sample_rate=SAMPLE_RATE):
 # ---------------------------------------------------------------- front ends
 
 
+def cqt_kernel(frequency, bins_per_octave, sample_rate):
+    """Constant-Q filters at `frequency` (bins,) Hz: (bins, n_fft/2 + 1) complex64. A frame of n_fft samples, centred, Fourier
+    transformed and summed with these as weights, gives what the filters say.
+
+    The filter at f is a Hann window of Q * sample_rate / f samples times a complex exponential, normalised to sum 1 and
+    doubled: a full-scale sine at f gives 1.0. So every filter lasts the same number of periods: Q is constant. As in
+    librosa, Q = (r^2 + 1) / (r^2 - 1) with r = 2^(1 / bins_per_octave): 17.33 for semitones.
+    Raises ValueError if the highest filter crosses the Nyquist frequency.
+    """
+    r = 2 ** (1 / bins_per_octave)
+    Q = (r ** 2 + 1) / (r ** 2 - 1)
+    if frequency[-1] * (1 + 0.75 / Q) > sample_rate / 2:                   # 1.5 FFT bins: the Hann window's bandwidth
+        raise ValueError(f"the filter at {frequency[-1]:.0f} Hz crosses the Nyquist frequency {sample_rate / 2:.0f} Hz")
+    length = Q * sample_rate / frequency                                   # (bins,) samples, not integers
+    n_fft = 2 ** math.ceil(math.log2(length.max().item() + 1))
+    t = torch.arange(n_fft, dtype=torch.float64) - n_fft // 2              # (n_fft,)
+    window = 0.5 + 0.5 * torch.cos(2 * math.pi * t / length[:, None])      # (bins, n_fft)
+    window = window * (t.abs() < length[:, None] / 2)
+    window = 2 * window / window.sum(dim=1, keepdim=True)
+    kernel = window * torch.exp(2j * math.pi * frequency[:, None] / sample_rate * t)           # (bins, n_fft)
+    spectrum = torch.fft.fft(kernel)[:, :n_fft // 2 + 1].conj() / n_fft    # Parseval: a product in time is one in frequency
+    return spectrum.to(torch.complex64)
+
+
 class CQT(nn.Module):
     """Constant-Q transform: (batch, samples) -> (batch, n_bins, frames) magnitudes, frames = 1 + samples // hop.
 
-    Bin k is tuned to f_k = fmin * 2^(k / bins_per_octave). Its filter is a Hann window of L_k = Q * sample_rate / f_k
-    samples times a complex exponential, normalised to sum 1 and doubled: a full-scale sine at f_k gives 1.0. As in
-    librosa, Q = (r^2 + 1) / (r^2 - 1) with r = 2^(1 / bins_per_octave): 17.33 for semitones. Frames are centred at
-    multiples of hop; the signal is padded with zeros.
+    Bin k is tuned to f_k = fmin * 2^(k / bins_per_octave) by a filter as in cqt_kernel. Frames are centred at multiples of
+    hop; the signal is padded with zeros.
 
     Why it is fast: the lowest filter lasts 0.6 s, and a kernel that long at every frame is the slow way. But an octave
     lower is the same filter at half the speed. So: filter the top octave with one short kernel (12 x 128 taps), halve
@@ -208,22 +231,11 @@ class CQT(nn.Module):
             raise ValueError(f"n_bins={n_bins} must be a multiple of bins_per_octave={bins_per_octave}")
         if hop % 2 ** (self.octaves - 1):
             raise ValueError(f"hop={hop} must be a multiple of {2 ** (self.octaves - 1)} to be halved at each octave")
-        r = 2 ** (1 / bins_per_octave)
-        Q = (r ** 2 + 1) / (r ** 2 - 1)
         top = torch.arange(n_bins - bins_per_octave, n_bins, dtype=torch.float64)
-        frequency = fmin * 2 ** (top / bins_per_octave)                    # (bins_per_octave,) Hz, the top octave
-        if frequency[-1] * (1 + 0.75 / Q) > sample_rate / 2:               # 1.5 FFT bins: the Hann window's bandwidth
-            raise ValueError(f"the filter at {frequency[-1]:.0f} Hz crosses the Nyquist frequency {sample_rate / 2:.0f} Hz")
-        length = Q * sample_rate / frequency                               # (bins_per_octave,) samples, not integers
-        self.n_fft = 2 ** math.ceil(math.log2(length.max().item() + 1))
-        t = torch.arange(self.n_fft, dtype=torch.float64) - self.n_fft // 2
-        window = 0.5 + 0.5 * torch.cos(2 * math.pi * t / length[:, None])  # (bins_per_octave, n_fft)
-        window = window * (t.abs() < length[:, None] / 2)
-        window = 2 * window / window.sum(dim=1, keepdim=True)
-        kernel = window * torch.exp(2j * math.pi * frequency[:, None] / sample_rate * t)
-        spectrum = torch.fft.fft(kernel)[:, :self.n_fft // 2 + 1].conj() / self.n_fft  # Parseval: product in frequency
+        kernel = cqt_kernel(fmin * 2 ** (top / bins_per_octave), bins_per_octave, sample_rate)
+        self.n_fft = 2 * (kernel.shape[1] - 1)
         # Not in the state dict: they follow from the arguments and would only bloat checkpoints.
-        self.register_buffer("kernel", spectrum.to(torch.complex64), persistent=False)  # (bins_per_octave, n_fft/2 + 1)
+        self.register_buffer("kernel", kernel, persistent=False)           # (bins_per_octave, n_fft/2 + 1)
         self.register_buffer("halver", half_band_matrix(), persistent=False)
         self.register_buffer("ones", torch.ones(self.n_fft), persistent=False)
 
@@ -263,7 +275,7 @@ def halve_rate(wave, matrix):
     """(batch, samples) -> (batch, ceil(samples / 2)): low-pass and keep every other sample; sample n stays at time 2n."""
     length = (wave.shape[-1] + 1) // 2
     blocks = math.ceil(length / HALF_BLOCK)
-    padded = F.pad(wave, (HALF_BAND, 2 * HALF_BLOCK * blocks - wave.shape[-1] + HALF_BAND))
+    padded = F.pad(wave, (HALF_BAND, 2 * HALF_BLOCK * blocks - wave.shape[-1] + HALF_BAND))    # (batch, samples + ...)
     out = F.conv1d(padded[:, None], matrix, stride=2 * HALF_BLOCK)         # (batch, HALF_BLOCK, blocks)
     return out.transpose(1, 2).flatten(1)[:, :length]
 
@@ -283,10 +295,10 @@ class Mel(nn.Module):
         self.n_fft, self.hop = n_fft, hop
         step = math.log(6.4) / 27                                          # one mel above 1000 Hz (15 mel)
         to_mel = lambda f: f * 3 / 200 if f < 1000 else 15 + math.log(f / 1000) / step
-        mel = torch.linspace(to_mel(f_min), to_mel(f_max), n_mels + 2, dtype=torch.float64)
+        mel = torch.linspace(to_mel(f_min), to_mel(f_max), n_mels + 2, dtype=torch.float64)    # (n_mels + 2,) corners of triangles
         edge = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * step))  # (n_mels + 2,) Hz
-        bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)
-        rising = (bins - edge[:-2, None]) / (edge[1:-1] - edge[:-2])[:, None]
+        bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)         # (n_fft/2 + 1,) Hz
+        rising = (bins - edge[:-2, None]) / (edge[1:-1] - edge[:-2])[:, None]                  # (n_mels, n_fft/2 + 1)
         falling = (edge[2:, None] - bins) / (edge[2:] - edge[1:-1])[:, None]
         filters = torch.minimum(rising, falling).clamp(min=0) * (2 / (edge[2:] - edge[:-2]))[:, None]
         if (filters.sum(dim=1) == 0).any():
@@ -307,8 +319,8 @@ def log_compress(x, reference=1.0, power=False):
     (10 log10). The reference is a constant. A maximum over the clip would make a frame depend on where the clip was
     cut; one over the batch, on its neighbours. Zeros give 0, with gradient 0.
     """
-    floor = 10 ** (-DYNAMIC_RANGE / (10 if power else 20))
-    decibels = (10 if power else 20) * torch.log10((x / reference).clamp(min=floor))
+    factor = 10 if power else 20
+    decibels = factor * torch.log10((x / reference).clamp(min=10 ** (-DYNAMIC_RANGE / factor)))
     return (1 + decibels / DYNAMIC_RANGE).clamp(0, 1)
 
 
@@ -328,18 +340,6 @@ CHUNK = 60 * SAMPLE_RATE // HOP * HOP  # samples transformed at once
 HALO = 32 * HOP                        # context on either side: the longest filter and the seven halvings reach 0.8 s
 
 
-def chunks(blocks, size):
-    """Re-cut a stream of 1-D tensors into pieces of `size` samples; the last may be shorter."""
-    buffer = torch.zeros(0)
-    for block in blocks:
-        buffer = torch.cat([buffer, block])
-        while len(buffer) > size:
-            yield buffer[:size]
-            buffer = buffer[size:]
-    if len(buffer):
-        yield buffer
-
-
 @torch.inference_mode()
 def audio_to_frames(blocks, front_end):
     """A stream of mono blocks at 16 kHz -> (frames, 224) uint8, frames = 1 + samples // hop. Memory: 25 MB an hour, twice at the end.
@@ -347,16 +347,17 @@ def audio_to_frames(blocks, front_end):
     Chunks of 60 s are transformed with a halo of context, so that cutting leaves no trace. 255 steps for 80 dB are
     0.3 dB each, less than anyone hears.
     """
-    output, before, chunk = [], torch.zeros(0), None
-    for following in chain(chunks(blocks, CHUNK), [None]):
-        if chunk is not None:
-            after = torch.zeros(0) if following is None else following[:HALO]
-            frames = front_end(torch.cat([before, chunk, after])[None])[0]         # (frames, 224)
-            count = len(chunk) // HOP + (following is None)
-            frames = frames[len(before) // HOP:][:count]
+    output, buffer, start = [], torch.zeros(0), 0               # buffer[:start] is context, already transformed
+    for block in chain(blocks, [None]):
+        if block is not None:
+            buffer = torch.cat([buffer, block])                 # (samples,)
+        while len(buffer) >= start + CHUNK + HALO or (block is None and len(buffer) > start):
+            stop = min(start + CHUNK, len(buffer))
+            frames = front_end(buffer[None, :stop + HALO])[0]   # (frames, 224)
+            frames = frames[start // HOP:][:(stop - start) // HOP + (stop == len(buffer))]
             output.append((frames * 255).round().to(torch.uint8).contiguous().numpy())
-            before = chunk[-HALO:]
-        chunk = following
+            start = min(stop, HALO)
+            buffer = buffer[stop - start:]
     return np.concatenate(output)
 
 
@@ -385,7 +386,7 @@ class FrameStore:
         tracks = [e for e in entries if "frames" in e]
         self.paths = [e["path"] for e in tracks]
         self.lengths = np.array([e["frames"] for e in tracks], dtype=np.int64)
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])[:-1].astype(np.int64)
+        self.starts = np.cumsum(self.lengths) - self.lengths
         total, binary = int(self.lengths.sum()), self.folder / "frames.bin"
         if not binary.exists() or binary.stat().st_size != total * COLUMNS:
             raise InputError(f"{folder}: frames.bin is damaged; remove the folder and prepare it again")
@@ -440,12 +441,15 @@ def find_audio(folders):
     A folder given twice counts once; the second of two folders with one name is called NAME-2.
     Raises InputError if a folder is missing or nothing in it looks like audio.
     """
-    found, names = {}, []
+    found, names = {}, set()
     for folder in dict.fromkeys(Path(f).resolve() for f in folders):
         if not folder.is_dir():
             raise InputError(f"{folder}: is not a folder; give a folder that holds audio files")
-        names.append(folder.name)
-        name = folder.name if names.count(folder.name) == 1 else f"{folder.name}-{names.count(folder.name)}"
+        name, copy = folder.name, 1
+        while name in names:
+            copy += 1
+            name = f"{folder.name}-{copy}"
+        names.add(name)
         for path in folder.rglob("*"):  # names that start with a dot are leftovers of other systems
             if path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith(".") and path.is_file():
                 found[str(Path(name) / path.relative_to(folder))] = path
@@ -457,19 +461,20 @@ def find_audio(folders):
 
 @contextmanager
 def locked(folder, taken="another process is preparing it; start again when it is done"):
-    """Keep other processes out of `folder`. The lock ends with the process, however that ends. Raises InputError, `taken`, if it is not free.
+    """Make `folder` and keep other processes out of it. The lock ends with the process, however that ends. Raises InputError,
+    `taken`, if it is not free.
 
     On Windows and on disks without locks nobody is kept out: two at once are then the user's care.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "wb") as file:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{folder}: {taken}") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
+        except OSError:  # this disk has no locks
+            pass
         yield
 
 
@@ -484,7 +489,6 @@ def prepare(sources, out, settings, label):
     out = Path(out)
     complete = lambda: read_json(out / "store.json").get("checksum") == settings["checksum"]
     if not complete():
-        out.mkdir(parents=True, exist_ok=True)
         with locked(out):
             if not complete():  # another process may have finished it in between
                 make_store(sources, out, settings, label)
@@ -503,7 +507,7 @@ def journal(out):
 
 def make_store(sources, out, settings, label):
     """The work of `prepare`, on a folder that nobody else writes to."""
-    marker, pending = out / "store.json", out / "pending.json"
+    pending = out / "pending.json"
     if read_json(pending) == settings:
         done = journal(out)
     else:
@@ -511,18 +515,18 @@ def make_store(sources, out, settings, label):
         for name in ("store.json", "index.jsonl", "frames.bin"):
             (out / name).unlink(missing_ok=True)
         write_atomic(pending, json.dumps(settings).encode())
-    rows = sum(e.get("frames", 0) for e in done)
-    front_end = FrontEnd()
+    rows, front_end = sum(e.get("frames", 0) for e in done), FrontEnd()
+    hours = lambda: rows * HOP / SAMPLE_RATE / 3600
 
     def work(source):
         name, read = source
         try:
-            return dict(path=name), audio_to_frames(read(), front_end)
+            frames = audio_to_frames(read(), front_end)
+            return dict(path=name, frames=len(frames)), frames
         except InputError as error:
-            return dict(path=name, error=str(error)), None
+            return dict(path=name, error=str(error)), b""
 
-    threads = torch.get_num_threads()
-    workers = os.cpu_count() or 1
+    threads, workers = torch.get_num_threads(), os.cpu_count() or 1
     # Threads, not processes: decoding and the transforms leave Python's lock, and each uses one core.
     pool = ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1))
     bar = tqdm(total=len(sources), initial=len(done), desc=label, unit="track", smoothing=0.05)
@@ -530,35 +534,33 @@ def make_store(sources, out, settings, label):
         with open(out / "frames.bin", "ab") as frames_file, open(out / "index.jsonl", "ab") as index_file:
             frames_file.truncate(rows * COLUMNS)
             index_file.truncate(sum(len(json.dumps(e)) + 1 for e in done))
-            rest, running = iter(sources[len(done):]), deque()
-            while True:
-                while len(running) < 2 * workers and (source := next(rest, None)) is not None:
-                    running.append(pool.submit(work, source))
-                if not running:
-                    break
+            # A few are under way at a time, so that a long file at the head does not pile up the frames of all behind it.
+            jobs = (pool.submit(work, source) for source in sources[len(done):])
+            running = deque(islice(jobs, 2 * workers))
+            while running:
                 entry, frames = running.popleft().result()
-                if frames is not None:
-                    frames_file.write(frames)
-                    frames_file.flush()  # frames before the line that names them
-                    entry["frames"], rows = len(frames), rows + len(frames)
+                running.extend(islice(jobs, 1))
+                frames_file.write(frames)
+                frames_file.flush()  # frames before the line that names them
                 index_file.write(json.dumps(entry).encode() + b"\n")
                 index_file.flush()
                 done.append(entry)
-                bar.set_postfix_str(f"{rows * HOP / SAMPLE_RATE / 3600:.2f} h of music", refresh=False)
+                rows += entry.get("frames", 0)
+                bar.set_postfix_str(f"{hours():.2f} h of music", refresh=False)
                 bar.update()
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
         torch.set_num_threads(threads)
-    skipped = [e for e in done if "error" in e]
-    for entry in skipped:
-        print(f"skipped {entry['error']}")
+    skipped = [e["error"] for e in done if "error" in e]
+    for error in skipped:
+        print(f"skipped {error}")
     if not rows:
         raise InputError(f"none of {len(done)} files could be read as audio; see the lines above")
-    hours = rows * HOP / SAMPLE_RATE / 3600
-    write_atomic(marker, json.dumps(dict(settings, tracks=len(done) - len(skipped), skipped=len(skipped), hours=hours)).encode())
+    tracks = len(done) - len(skipped)
+    write_atomic(out / "store.json", json.dumps(dict(settings, tracks=tracks, skipped=len(skipped), hours=hours())).encode())
     pending.unlink()
-    print(f"{out}: {len(done) - len(skipped)} tracks, {hours:.2f} h, {rows * COLUMNS / 1e6:.0f} MB, {len(skipped)} skipped")
+    print(f"{out}: {tracks} tracks, {hours():.2f} h, {rows * COLUMNS / 1e6:.0f} MB, {len(skipped)} skipped")
 
 
 def prepare_files(files, out):
@@ -581,10 +583,10 @@ def prepare_folders(folders, out=None):
 
 # ---------------------------------------------------------------- synthetic songs
 
-# Songs with known answers, made by rule. Western tonal music in five lines: an octave has 12 semitones (pitch classes
-# 0 = C .. 11 = B). A key picks 7 of them, its scale, and one of those as home, the tonic. A chord stacks every other
-# note of the scale. Major and minor scales differ in which steps are small; A minor has the notes of C major (its
-# "relative"), so both share one key signature: 12 signatures, 24 keys.
+# Songs with known answers, made by rule. Western tonal music in five lines: a key picks 7 of the 12 pitch classes (0 = C
+# .. 11 = B), its scale, and one of those as home, the tonic. A chord stacks every other note of the scale, three of them
+# are a triad. Major and minor scales differ in which steps are small; A minor has the notes of C major (its "relative"),
+# so both share one key signature: 12 signatures, 24 keys. Seven semitones are a fifth; keys a fifth apart differ in one note.
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
 # Chords (scale degrees from 0) that may follow each chord; the diminished ones are left out.
 FOLLOWS = {"major": {0: (3, 4, 5, 1, 2), 1: (4, 4, 3), 2: (5, 3), 3: (4, 0, 1), 4: (0, 0, 5, 3), 5: (3, 1, 4, 2)},
@@ -596,7 +598,6 @@ EDGES = {"major": ({1, 3}, {2, 4}), "minor": ({3, 5}, {4, 6})}
 SONG_SECONDS = 24
 # Song numbers of each part of the default set. The labels of train are used by probes only.
 SYNTH_SPLITS = {"train": range(0, 1024), "valid": range(1024, 1152), "test": range(1152, 1408)}
-SYNTH_SONGS = 1408
 
 
 def compose(index, seed=0):
@@ -766,7 +767,7 @@ def render(song):
     return (mix / max(1, np.abs(mix).max())).astype(np.float32)
 
 
-def prepare_synth(songs=SYNTH_SONGS, out="data/synth", seed=0):
+def prepare_synth(songs=SYNTH_SPLITS["test"].stop, out="data/synth", seed=0):
     """Frame store of synthetic songs 0 .. songs - 1, through the same path as files. Made once, then cached."""
     sources = [(f"synth/{i:05d}", lambda i=i: iter([torch.from_numpy(render(compose(i, seed)))])) for i in range(songs)]
     maker = "".join(map(inspect.getsource, (compose, render_note, render)))  # other rules make other songs
@@ -830,32 +831,32 @@ class Segments:
 
     def __init__(self, stores, batch_size, keys=None, mix=None):
         self.stores, self.batch_size = stores, batch_size
-        pieces, labels, short = [], [], 0
+        pieces, labels = [], []
         for s, store in enumerate(stores):
-            counts = np.where(store.lengths < SEGMENT, 0, np.maximum(1, store.lengths // PIECE))   # (tracks,)
-            short += int((counts == 0).sum())
+            counts = np.where(store.lengths < SEGMENT, 0, np.maximum(1, store.lengths // PIECE))   # (tracks,) pieces of each
             track = np.repeat(np.arange(len(counts)), counts)                                      # (pieces,)
-            nth = np.arange(len(track)) - np.repeat(np.cumsum(counts) - counts, counts)
+            nth = np.arange(len(track)) - np.repeat(np.cumsum(counts) - counts, counts)            # (pieces,) from 0 in each track
             size = store.lengths[track] // counts[track]
             pieces.append(np.stack([np.full(len(track), s), store.starts[track] + nth * size, size], axis=1))
-            labels += [keys.get(store.paths[t], -1) for t in track] if keys else [-1] * len(track)
+            labels += [(keys or {}).get(store.paths[t], -1) for t in track]
         self.pieces = np.concatenate(pieces)                                                       # (pieces, 3): store, start, length
         self.keys = np.array(labels, dtype=np.int64)                                               # (pieces,)
         self.summary = f"{len(self.pieces)} pieces of about 30 s, {self.pieces[:, 2].sum() * HOP / SAMPLE_RATE / 3600:.2f} h"
-        if short:
+        if short := sum(int((store.lengths < SEGMENT).sum()) for store in stores):
             self.summary += f"; {short} tracks shorter than one 4 s segment left out"
         if len(self.pieces) == 0:
             raise InputError("every track is shorter than one 4 s segment; give longer recordings")
-        if mix and (len(mix) != len(stores) or min(mix) <= 0):
-            raise InputError(f"--mix: give one share above 0 for each of the {len(stores)} sources of --data")
-        self.chance = None                                                                         # (pieces,), or None: all alike
-        if mix:
-            weight = (np.array(mix) / np.maximum(1, np.bincount(self.pieces[:, 0], minlength=len(stores))))[self.pieces[:, 0]]
-            self.chance = weight / weight.sum()
-            self.summary += "; drawn " + " : ".join(f"{share / sum(mix):.0%}" for share in mix)
         if len(self.pieces) < batch_size:
             raise InputError(f"a batch of {batch_size} needs as many pieces of 30 s, the data has {len(self.pieces)}; "
                              f"use --batch-size {len(self.pieces)} or less, or add music")
+        self.chance = None                                                                         # (pieces,), or None: all alike
+        if mix:
+            if len(mix) != len(stores) or min(mix) <= 0:
+                raise InputError(f"--mix: give one share above 0 for each of the {len(stores)} sources of --data")
+            store_of = self.pieces[:, 0]                                                           # (pieces,)
+            weight = (np.array(mix) / np.bincount(store_of, minlength=len(stores)).clip(1))[store_of]
+            self.chance = weight / weight.sum()
+            self.summary += "; drawn " + " : ".join(f"{share / sum(mix):.0%}" for share in mix)
 
     def batch(self, seed, step, views=3, mask=0.0, share=slice(None)):
         """frames (views, share, kept, 224) uint8, crops (views, batch), positions (views, share, kept) and keys (batch,) int64.

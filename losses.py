@@ -3,9 +3,8 @@
     key        cpsd, cpsd1 (STONE)    skey (S-KEY)    tone (Semi-TONE: with some labels)
     style      ntxent (SimCLR)    byol    cluster (DINO)    barlow (Barlow Twins)    vicreg
 
-First the losses as plain functions of what the views gave; all compute in float32 whatever the autocast: under bf16
-a cosine of 0.99 / 0.1 has a spacing of 0.06, which is as large as what there is to learn. Then the tasks: which views
-one needs, its head, its loss, what it logs. `train.py --tokens a,b,c` trains any set of them in one trunk.
+First the losses as plain functions of what the views gave, all in float32. Then the tasks: which views one needs, its head,
+its loss, what it logs. `train.py --tokens a,b,c` trains any set of them in one trunk.
 """
 import math
 from functools import partial, wraps
@@ -17,7 +16,7 @@ from torch import nn
 
 
 def in_float32(loss):
-    """Leave autocast for a loss."""
+    """Leave autocast for a loss: under bf16 a cosine of 0.99 / 0.1 has a spacing of 0.06, as large as what there is to learn."""
     @wraps(loss)
     def wrapped(first, *rest, **options):
         with torch.autocast(first.device.type, enabled=False):
@@ -29,7 +28,7 @@ def in_float32(loss):
 
 
 def circle_point(profiles, omega):
-    """(..., 12) on the simplex -> real and imaginary part (...) of z = sum_q y[q] exp(2 pi i omega q / 12).
+    """(..., 12), each not negative and 1 in sum -> real and imaginary part (...) of z = sum_q y[q] exp(2 pi i omega q / 12).
 
     A pitch profile y says how likely each of 12 classes is. z is its centre of gravity when class q sits at angle
     2 pi omega q / 12: omega = 1 is the circle of semitones; omega = 7 the circle of fifths, where a step of 7 semitones
@@ -44,7 +43,7 @@ def circle_point(profiles, omega):
 def cpsd(profiles, shifts, omega=7, pairs=None):
     """Cross-power spectral density loss (STONE, eq. 5-6): transposing the music must turn the profile as much.
 
-    profiles (views, batch, 12) on the simplex; shifts (views, batch), semitones by which each view was transposed up;
+    profiles (views, batch, 12), each 1 in sum; shifts (views, batch), semitones by which each view was transposed up;
     pairs: which views to compare (default: every pair). Returns the mean over pairs and batch of
 
         | exp(2 pi i omega (s_a - s_b) / 12) - z_a conj(z_b) |^2
@@ -67,7 +66,7 @@ def cpsd(profiles, shifts, omega=7, pairs=None):
     for a, b in pairs:
         turn = 2 * math.pi * omega * (shifts[a] - shifts[b]).float() / 12  # (batch,)
         cross_re = re[a] * re[b] + im[a] * im[b]                           # z_a conj(z_b), in real arithmetic
-        cross_im = im[a] * re[b] - re[a] * im[b]
+        cross_im = im[a] * re[b] - re[a] * im[b]                           # (batch,)
         total = total + ((turn.cos() - cross_re) ** 2 + (turn.sin() - cross_im) ** 2).mean()
     return total / len(pairs)
 
@@ -91,9 +90,9 @@ def nt_xent(z, temperature=0.1):
     z = F.normalize(z.float().flatten(0, 1), dim=-1)                       # (views * batch, dim)
     similarity = z @ z.T / temperature                                     # (views * batch, views * batch)
     similarity.fill_diagonal_(-math.inf)
-    log_probability = similarity.log_softmax(dim=-1)
+    log_probability = similarity.log_softmax(dim=-1)                       # (views * batch, views * batch)
     item = torch.arange(batch, device=z.device).repeat(views)              # (views * batch,)
-    positive = (item[:, None] == item).fill_diagonal_(False)
+    positive = (item[:, None] == item).fill_diagonal_(False)               # (views * batch, views * batch)
     return -log_probability.where(positive, 0).sum() / (views * batch * (views - 1))
 
 
@@ -133,7 +132,7 @@ def barlow(a, b, off_diagonal=0.005):
     """
     a, b = ((x.float() - x.float().mean(dim=0)) / (x.float().var(dim=0, unbiased=False) + 1e-5).sqrt() for x in (a, b))
     correlation = a.T @ b / len(a)                                         # (dim, dim)
-    diagonal = correlation.diagonal()
+    diagonal = correlation.diagonal()                                      # (dim,)
     return (1 - diagonal).square().sum() + off_diagonal * (correlation.square().sum() - diagonal.square().sum())
 
 
@@ -160,7 +159,7 @@ def effective_rank(x):
     0 for a constant x. (Roy and Vetterli 2007.) A token that collapses in directions shows here long before its loss does.
     """
     x = x.float()
-    values = torch.linalg.svdvals(x - x.mean(dim=0))
+    values = torch.linalg.svdvals(x - x.mean(dim=0))                       # (min(items, dim),)
     if values.sum() <= 1e-4 * x.norm():  # rounding, not music
         return 0.0
     share = values / values.sum()
@@ -204,9 +203,8 @@ class ViewNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            variance, mean = torch.var_mean(x.float(), dim=-2, keepdim=True, unbiased=False)
-            return (x.float() - mean) * (variance + 1e-5).rsqrt() * self.weight + self.bias
+        variance, mean = torch.var_mean(x.float(), dim=-2, keepdim=True, unbiased=False)       # (views, 1, n) each
+        return (x.float() - mean) * (variance + 1e-5).rsqrt() * self.weight + self.bias
 
 
 def projector(dim, out, width=None, norm=nn.Identity):
@@ -266,7 +264,8 @@ class CPSD(Pretext):
 
 
 class SKey(CPSD):
-    """S-KEY: 24 outputs, major keys first; CPSD on the sum of relatives, and a guess from chroma tells them apart.
+    """S-KEY: 24 outputs, major keys first; CPSD on the sum of relatives, and a guess from chroma tells them apart. (Chroma: how
+    loud each pitch class is, all octaves together. Relatives, tonic, triad: see the songs in data.py.)
 
     Output q (major) and 12 + q (its relative minor) share a key signature. Of the two, the one whose tonic triad sounds
     more is taken as the answer: a pseudo-label, right often enough to learn from, and it turns along with the music.
@@ -307,10 +306,10 @@ class SKey(CPSD):
 
     def forward(self, token, batch, teacher=None):
         keys = self.keys(token)                                                                # (3, batch, 24)
-        profile = keys.unflatten(-1, (2, 12)).sum(dim=-2)
+        profile = keys.unflatten(-1, (2, 12)).sum(dim=-2)                                      # (3, batch, 12)
         loss, logs = self.equivariance(profile, batch)
         major = keys[..., :12].sum(dim=-1).clamp(1e-6, 1 - 1e-6)                               # (3, batch)
-        guess = self.guess(profile, batch)
+        guess = self.guess(profile, batch)                                                     # (batch,)
         mode = -(guess * major.log() + (1 - guess) * (1 - major).log()).mean(dim=1).sum()      # sum over the three views
         balance = (major[:2].mean() - 0.5) ** 2
         logs |= {"cpsd_term": loss.detach(), "mode_term": mode.detach(), "balance_term": balance.detach(), "major_share": major.detach().mean()}
@@ -334,10 +333,10 @@ class Tone(SKey):
         major = keys[..., :12].sum(dim=-1).clamp(1e-6, 1 - 1e-6)                               # (3, batch)
         agree = sum(weight * -(major[t] * major[p].log() + (1 - major[t]) * (1 - major[p]).log()) for t, p, weight in self.AGREE)  # (batch,)
         label = batch["keys"]                                                                  # (batch,)
-        signature = torch.where(label < 12, label, label + 3) % 12
+        signature = torch.where(label < 12, label, label + 3) % 12                             # (batch,)
         heard = (signature + batch["shifts"]) % 12 + 12 * (label >= 12)                        # (3, batch)
-        surprise = -keys.clamp(min=1e-6).log().gather(-1, heard[..., None])[..., 0]
-        known = (label >= 0).float()
+        surprise = -keys.clamp(min=1e-6).log().gather(-1, heard[..., None])[..., 0]            # (3, batch)
+        known = (label >= 0).float()                                                           # (batch,)
         mode = (agree * (1 - known)).sum() / (1 - known).sum().clamp(min=1)
         named = (surprise * known).sum() / (3 * known.sum()).clamp(min=1)
         logs |= {"cpsd_term": loss.detach(), "mode_term": mode.detach(), "label_term": named.detach(), "labelled_share": known.mean()}
@@ -409,12 +408,8 @@ class Barlow(Pretext):
         return barlow(a, b) / 1024, {}
 
 
-class VICReg(Pretext):
-    """VICReg on 1024 dimensions, divided by its weight 25, so that it weighs like the others."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.head = projector(dim, 1024, norm=ViewNorm)
+class VICReg(Barlow):
+    """VICReg on the same head, divided by its weight 25, so that it weighs like the others."""
 
     def forward(self, token, batch, teacher=None):
         a, b = self.head(token)

@@ -180,16 +180,6 @@ class MT2(nn.Module):
         return next((name for name, head in self.heads.items() if hasattr(head, "profile")), None)
 
 
-def parameter_count(tokens, dim, depth, frames=SEGMENT, patch="1", pool="token"):
-    """Number of parameters by formula: what each part costs, the heads of the pretext tasks counted as they are."""
-    block = 12 * dim ** 2 + 13 * dim                                       # qkv, out, two-layer MLP, two norms
-    sizes = parse_patch(patch)
-    tokenisers = (sum(2 * bins + bins * dim + dim for bins in (CROP_BINS, N_MELS)) + frames * dim if sizes == [None]
-                  else sum((bands * width + 1) * dim for bands, width in sizes))
-    heads = sum(p.numel() for name in tokens for p in PRETEXT[name](dim).parameters())
-    return depth * block + tokenisers + (len(tokens) * dim if pool == "token" else 0) + 2 * dim + heads
-
-
 def pick_amp(device):
     """Whether to run matrix products in bf16 on a torch.device, and why. bf16 has fp32's range: no loss scaling."""
     if device.type == "cuda":

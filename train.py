@@ -103,9 +103,7 @@ class Gather(torch.autograd.Function):
         return dist.get_world_size() * gradient.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]
 
 
-@torch.compiler.disable
-def gather(x):
-    return Gather.apply(x)
+gather = torch.compiler.disable(Gather.apply)
 
 
 def whole_batch(x):
@@ -249,14 +247,31 @@ def save_checkpoint(path, model, teacher, optimizer, step, settings):
         raise InputError(f"{path}: {error.strerror} at step {step}; the checkpoint before it is kept, make room and go on with --resume") from None
 
 
+def trim_log(path, step):
+    """Drop lines past `step`: they belong to steps that a resumed run does again."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_atomic(path, "".join(kept).encode())
+
+
 @contextmanager
 def run_folder(out, step):
-    """Make the folder `out`, keep other runs away from it, and give its log, open at `step`. Raises InputError when another has it."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Keep other runs away from the folder `out` and give its log, open at `step`. Raises InputError when another has it."""
     with locked(out, "another run is writing there; wait for its end, or choose another --out"):
         trim_log(out / "log.jsonl", step)
         with open(out / "log.jsonl", "a") as log:
             yield log
+
+
+@contextmanager
+def postponed_interrupts():
+    """Ctrl-C lets the running step end: half a step would be neither before nor after it. Gives a list, empty until then."""
+    pressed = []
+    handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def shares(text):
@@ -302,7 +317,7 @@ SETTINGS = dict(tokens=str, data=list, preset=str, steps=int, batch_size=int, ma
 
 
 def settle(args, device, ranks):
-    """Fill in preset and checkpoint values; returns the checkpoint to resume from, or None. Raises InputError."""
+    """Fill in what the flags leave to the checkpoint, the preset and the device. Returns the checkpoint to resume from, or None."""
     path = Path(args.out) / "checkpoint.pt"
     checkpoint = None
     if args.resume:
@@ -321,12 +336,15 @@ def settle(args, device, ranks):
     elif path.exists():
         raise InputError(f"{path}: exists; go on with --resume, or choose another --out")
     args.preset = args.preset or ("mt2" if device.type == "cuda" else "small")
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
     for name in ("tokens", "steps", "batch_size", "mask", "patch", "pool", "lr"):
         if getattr(args, name) is None:
             setattr(args, name, PRESETS[args.preset][name])
     if args.steps < 1 or args.batch_size < 1 or not 0 <= args.mask < 1:
         raise InputError(f"--steps {args.steps}, --batch-size {args.batch_size}, --mask {args.mask}: "
                          "steps and batch size must be 1 or more, mask from 0 to below 1")
+    if args.log_every < 1 or args.save_every < 1:
+        raise InputError(f"--log-every {args.log_every}, --save-every {args.save_every}: must be 1 or more")
     if args.batch_size % ranks:
         raise InputError(f"--batch-size {args.batch_size}: {ranks} processes share it, and it is no multiple of {ranks}")
     if not all(o in ("1", "5", "7", "11") for o in args.omega.split(",")):
@@ -343,18 +361,12 @@ def main():
         raise
 
 
-def train(args):
-    device = pick_device(args.device)
-    rank, ranks = join_ranks(device)
-    # Rank 0 sets up first, as long as it takes: data are prepared once, and what is wrong is said once.
-    first = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if ranks > 1 else None
-    if rank > 0:
-        dist.barrier(first)
+def set_up(args, device, ranks):
+    """All that a run needs before its first step: (model, teacher or None, optimiser, segments, number of that step)."""
     checkpoint = settle(args, device, ranks)
-    tokens = args.tokens.split(",")
+    tokens, preset = args.tokens.split(","), PRESETS[args.preset]
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    preset = PRESETS[args.preset]
     try:
         model = MT2(tokens, preset["dim"], preset["depth"], preset["heads"], patch=args.patch, pool=args.pool).to(device)
     except ValueError as error:
@@ -363,20 +375,17 @@ def train(args):
         model.heads[name].omegas = tuple(int(o) for o in args.omega.split(","))
     if args.labels_csv and "tone" not in tokens:
         raise InputError(f"--labels-csv: only the token tone learns from labels; --tokens is {args.tokens}")
-    amp, reason = pick_amp(device)
-    compiled = device.type == "cuda" if args.compile is None else args.compile
-    print(f"device {device}, preset {args.preset}; {reason}; torch.compile {'on' if compiled else 'off'}")
+    print(f"device {device}, preset {args.preset}; {pick_amp(device)[1]}; torch.compile {'on' if args.compile else 'off'}")
     print(f"{', '.join(f'{k} {v}' for k, v in model.config.items() if k != 'tokens')}, lr {args.lr:g}")
     print(f"tokens {args.tokens}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 
     stores = open_data(args.data)
     segments = Segments(stores, args.batch_size, keys_of(args.labels_csv, stores) if args.labels_csv else None, args.mix)
     print(f"data {' '.join(args.data)}: {segments.summary}; {args.steps} steps of {args.batch_size}, mask {args.mask}")
-    optimizer, start = make_optimizer(model), 0
+
+    optimizer = make_optimizer(model)
     # Teachers share one moving average of the network, heads included.
     teacher = deepcopy(model).requires_grad_(False) if any(task.teacher for task in model.heads.values()) else None
-    out = Path(args.out)
-    path = out / "checkpoint.pt"
     if checkpoint:
         try:
             model.load_state_dict(checkpoint["model"])
@@ -384,74 +393,81 @@ def train(args):
                 teacher.load_state_dict(checkpoint["teacher"])
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-            raise InputError(f"{path}: its weights do not fit its settings; start anew in another --out") from None
-        start = checkpoint["step"]
-    views = max(task.views for task in model.heads.values())
-    losses_of = torch.compile(training_losses) if compiled else training_losses
-    flops = step_flops(model, args.batch_size, args.mask, views)
-    peak = next((p for name, p in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
+            raise InputError(f"{args.out}/checkpoint.pt: its weights do not fit its settings; start anew in another --out") from None
+    return model.train(), teacher, optimizer, segments, checkpoint["step"] if checkpoint else 0
 
-    stop = min(args.steps, args.stop_at or args.steps)
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    share = slice(rank * args.batch_size // ranks, (rank + 1) * args.batch_size // ranks)
-    model.train()
+
+def train(args):
+    device = pick_device(args.device)
+    rank, ranks = join_ranks(device)
+    # Rank 0 sets up first, as long as it takes: data are prepared once, and what is wrong is said once.
+    first = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if ranks > 1 else None
+    if rank > 0:
+        dist.barrier(first)
+    model, teacher, optimizer, segments, start = set_up(args, device, ranks)
     if ranks > 1 and rank == 0:
         dist.barrier(first)
-    clock, logged, interrupted, leaving, warned = time.perf_counter(), start, [], False, set()
-    # Ctrl-C lets the running step end: half a step would be neither before nor after it.
-    handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-    bar = tqdm(initial=start, total=args.steps, desc="training", unit="step", smoothing=0.05, disable=rank > 0)
-    try:
-        with run_folder(out, start) if rank == 0 else nullcontext() as log:
-            for step in range(start, stop):
-                lr, decay = schedule(step, args.steps, args.warmup, args.lr)
-                for group in optimizer.param_groups:
-                    group["lr"], group["weight_decay"] = lr, decay * group["decays"]
-                batch = make_batch(segments, model, args.seed, step, views, args.mask, args.steps, device, share)
-                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                    losses, logs, seen = losses_of(model, teacher, batch)
-                optimizer.zero_grad(set_to_none=True)
-                total = sum(losses.values())                               # weights 1 : 1 (our choice; MT2 unknown)
-                total.backward()
-                if ranks > 1:
-                    average_gradients(model)
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-                due = lambda every: step + 1 == stop or (step + 1) % every == 0
-                # Ranks leave at the same step. They ask each other at log lines, where the host waits for the device anyway.
-                leaving = bool(interrupted) if ranks == 1 else due(args.log_every) and any_rank(interrupted, device)
-                log_now, save_now = leaving or due(args.log_every), leaving or due(args.save_every)
-                # Only here does the host wait for the device; what is bad never reaches a checkpoint.
-                if (log_now or save_now) and not math.isfinite(total.item() + norm.item()):
-                    if rank > 0:
-                        sys.exit(2)  # rank 0 has the same to say
-                    raise InputError(f"loss or gradient is not finite at step {step}; the last good checkpoint is {path}; "
-                                     "start anew with a lower --lr in another --out")
-                optimizer.step()
-                if teacher is not None:
-                    follow(teacher, model, step / max(1, args.steps - 1))
-                bar.update()
-                if log_now and rank == 0:
-                    rate = (step + 1 - logged) / (time.perf_counter() - clock)
-                    clock, logged = time.perf_counter(), step + 1
-                    line = dict(step=step + 1, **{name: loss.item() for name, loss in losses.items()}, grad_norm=norm.item(), lr=lr,
-                                clips_per_s=views * args.batch_size * rate)
-                    report, collapsed = collapse_report(seen)
-                    line |= {k: v.item() for k, v in logs.items()} | report
-                    for name in set(collapsed) - warned:
-                        bar.write(f"warning: the {name} token says the same of every track at step {step + 1}; it has collapsed")
-                        warned.add(name)
-                    if peak:
-                        line["mfu"] = flops * rate / peak / ranks
-                    log.write(json.dumps({k: float(f"{v:.6g}") for k, v in line.items()}) + "\n")
-                    log.flush()
-                    bar.set_postfix_str("  ".join(f"{k} {v:.3g}" for k, v in line.items() if k in (*tokens, "grad_norm", "mean_abs_z", "clips_per_s", "mfu")), refresh=False)
-                if save_now and rank == 0:
-                    save_checkpoint(path, model, teacher, optimizer, step + 1, settings)
-                if leaving:
-                    break
-    finally:
-        bar.close()
-        signal.signal(signal.SIGINT, handler)
+
+    out, stop = Path(args.out), max(start, min(args.steps, args.stop_at or args.steps))
+    path, settings = out / "checkpoint.pt", {name: getattr(args, name) for name in SETTINGS}
+    views = max(task.views for task in model.heads.values())
+    share = slice(rank * args.batch_size // ranks, (rank + 1) * args.batch_size // ranks)
+    amp, _ = pick_amp(device)
+    losses_of = torch.compile(training_losses) if args.compile else training_losses
+    peak = next((p for name, p in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
+    clock, logged, leaving, warned = time.perf_counter(), start, False, set()
+    due = lambda every: leaving or step + 1 == stop or (step + 1) % every == 0
+    with (run_folder(out, start) if rank == 0 else nullcontext() as log, postponed_interrupts() as interrupted,
+          tqdm(initial=start, total=args.steps, desc="training", unit="step", smoothing=0.05, disable=rank > 0) as bar):
+        for step in range(start, stop):
+            batch = make_batch(segments, model, args.seed, step, views, args.mask, args.steps, device, share)
+
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                losses, logs, seen = losses_of(model, teacher, batch)
+            total = sum(losses.values())                                   # weights 1 : 1 (our choice; MT2 unknown)
+
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            if ranks > 1:
+                average_gradients(model)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            # Ranks leave at the same step. They ask each other at log lines, where the host waits for the device anyway.
+            leaving = bool(interrupted) if ranks == 1 else due(args.log_every) and any_rank(interrupted, device)
+            # Only here does the host wait for the device; what is bad never reaches a checkpoint.
+            if (due(args.log_every) or due(args.save_every)) and not math.isfinite(total.item() + norm.item()):
+                if rank > 0:
+                    sys.exit(2)  # rank 0 has the same to say
+                raise InputError(f"loss or gradient is not finite at step {step}; the last good checkpoint is {path}; "
+                                 "start anew with a lower --lr in another --out")
+            lr, decay = schedule(step, args.steps, args.warmup, args.lr)
+            for group in optimizer.param_groups:
+                group["lr"], group["weight_decay"] = lr, decay * group["decays"]
+            optimizer.step()
+            if teacher is not None:
+                follow(teacher, model, step / max(1, args.steps - 1))
+            bar.update()
+
+            if due(args.log_every) and rank == 0:
+                rate = (step + 1 - logged) / (time.perf_counter() - clock)
+                clock, logged = time.perf_counter(), step + 1
+                report, collapsed = collapse_report(seen)
+                line = {"step": step + 1} | {name: loss.item() for name, loss in losses.items()}
+                line |= dict(grad_norm=norm.item(), lr=lr, clips_per_s=views * args.batch_size * rate)
+                line |= {name: value.item() for name, value in logs.items()} | report
+                if peak:
+                    line["mfu"] = step_flops(model, args.batch_size, args.mask, views) * rate / peak / ranks
+                log.write(json.dumps({name: float(f"{value:.6g}") for name, value in line.items()}) + "\n")
+                log.flush()
+                shown = [name for name in line if name in (*losses, "grad_norm", "mean_abs_z", "clips_per_s", "mfu")]
+                bar.set_postfix_str("  ".join(f"{name} {line[name]:.3g}" for name in shown), refresh=False)
+                for name in set(collapsed) - warned:
+                    bar.write(f"warning: the {name} token says the same of every track at step {step + 1}; it has collapsed")
+                    warned.add(name)
+
+            if due(args.save_every) and rank == 0:
+                save_checkpoint(path, model, teacher, optimizer, step + 1, settings)
+            if leaving:
+                break
     if ranks > 1:
         dist.destroy_process_group()
     if leaving:
@@ -461,13 +477,6 @@ def train(args):
     print(f"{path}: step {stop} of {args.steps}")
     if rank == 0 and args.probe and stop == args.steps:
         probe.print_synth(path, device)
-
-
-def trim_log(path, step):
-    """Drop lines past `step`: they belong to steps that a resumed run does again."""
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_atomic(path, "".join(kept).encode())
 
 
 if __name__ == "__main__":

@@ -41,20 +41,13 @@ def seconds(function, repeats=3):
 
 
 def dense_cqt(wave):
-    """The same CQT with one kernel at the longest window: every frame times (96, 8192-point spectrum)."""
-    Q = (2 ** (1 / 6) + 1) / (2 ** (1 / 6) - 1)
+    """The same CQT with one kernel at the longest window: every frame times (96, 8193-point spectrum)."""
     frequency = data.FMIN * 2 ** (torch.arange(data.N_BINS, dtype=torch.float64) / 12)
-    length = Q * data.SAMPLE_RATE / frequency
-    n_fft = 16384
-    t = torch.arange(n_fft, dtype=torch.float64) - n_fft // 2
-    window = (0.5 + 0.5 * torch.cos(2 * torch.pi * t / length[:, None])) * (t.abs() < length[:, None] / 2)
-    window = 2 * window / window.sum(1, keepdim=True)
-    kernel = torch.fft.fft(window * torch.exp(2j * torch.pi * frequency[:, None] / data.SAMPLE_RATE * t))[:, :n_fft // 2 + 1].conj() / n_fft
-    kernel = kernel.to(torch.complex64)
+    kernel = data.cqt_kernel(frequency, data.BINS_PER_OCTAVE, data.SAMPLE_RATE)
+    window = torch.ones(2 * (kernel.shape[1] - 1))
 
     def transform():
-        spectrum = torch.stft(wave, n_fft, data.HOP, window=torch.ones(n_fft), center=True, pad_mode="constant", return_complex=True)
-        return (kernel @ spectrum).abs()
+        return (kernel @ torch.stft(wave, len(window), data.HOP, window=window, pad_mode="constant", return_complex=True)).abs()
     return transform
 
 
@@ -88,31 +81,53 @@ def other_libraries():
     return found
 
 
+def front_ends():
+    """Both spectrograms beside a dense CQT and other libraries, in seconds of audio a second."""
+    print(f"{'seconds of audio per second':34}{'16 clips of 4 s':>18}{'one of 10 min':>18}")
+    waves = [torch.randn(16, 64000) * 0.1, torch.randn(1, 600 * data.SAMPLE_RATE) * 0.1]
+    cqt, mel = data.CQT(), data.Mel()
+    rates, cost = {}, operations()
+    with torch.inference_mode():
+        for name, make in {"CQT (octaves)": lambda w: lambda: cqt(w), "CQT (one dense kernel)": dense_cqt, "mel": lambda w: lambda: mel(w),
+                           **other_libraries()}.items():
+            rates[name] = [w.numel() / data.SAMPLE_RATE / seconds(make(w)) for w in waves]
+            formula = f"   {cost[name]:.1f} million operations" if name in cost else ""
+            print(f"{name:34}{rates[name][0]:18.0f}{rates[name][1]:18.0f}   {1e6 / rates[name][1]:.0f} us{formula} a second of audio")
+        ratio = [a / b for a, b in zip(rates["CQT (octaves)"], rates["CQT (one dense kernel)"])]
+        print(f"{'octaves : dense':34}{ratio[0]:17.1f}x{ratio[1]:17.1f}x\n")
+
+
 def quietly(function, *args):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return function(*args)
 
 
-def front_end_on_gpu(device="cuda", size=128):
-    """The front end for all views of a batch, had they come as audio, beside the training step they feed (preset mt2)."""
-    if device == "cuda" and not torch.cuda.is_available():
-        print("no GPU: front end against training step skipped\n")
-        return
-    preset, kept = PRESETS["mt2"], data.SEGMENT // 2
-    front_end, wave = data.FrontEnd().to(device), 0.1 * torch.randn(3 * size, 64000, device=device)
-    model = MT2(**{k: preset[k] for k in ("dim", "depth", "heads")}).to(device)
-    batch = dict(cqt=torch.rand(3, size, kept, data.CROP_BINS, device=device), mel=torch.rand(3, size, kept, data.N_MELS, device=device),
-                 positions=[torch.arange(kept, device=device).expand(3, size, kept)], shifts=torch.randint(-12, 1, (3, size), device=device),
-                 keys=torch.full((size,), -1, device=device), progress=torch.tensor(0.5, device=device))
-
-    def step():
-        with torch.autocast(device, torch.bfloat16):
-            losses, _, _ = training_losses(model, None, batch)
-        sum(losses.values()).backward()
-
-    timed = lambda function: seconds(lambda: (function(), device == "cuda" and torch.cuda.synchronize()))
-    transform, training = timed(torch.inference_mode()(lambda: front_end(wave))), timed(step)
-    print(f"{device}, {3 * size} views: front end {transform * 1e3:.1f} ms, training step {training * 1e3:.1f} ms: {100 * transform / training:.0f} %\n")
+def preparation():
+    """From a compressed file to frames, step by step, and sixteen files at once."""
+    print("preparing one stereo 44.1 kHz ogg of 3 minutes, one core")
+    with tempfile.TemporaryDirectory() as folder:
+        song = np.tile(data.render(data.compose(0)), 8)[:180 * data.SAMPLE_RATE]
+        wave = data.resample(torch.from_numpy(song), data.SAMPLE_RATE, 44100).numpy()
+        path = Path(folder) / "song.ogg"
+        with sf.SoundFile(path, "w", 44100, 2) as file:  # in blocks: libvorbis dislikes minutes at once
+            for block in np.array_split(np.stack([wave, 0.8 * wave], axis=1).clip(-1, 1), 60):
+                file.write(block)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        front_end, mono = data.FrontEnd(), torch.from_numpy(wave)
+        decode = seconds(lambda: sf.read(path, dtype="float32"))
+        resample = seconds(lambda: data.resample(mono, 44100, data.SAMPLE_RATE))
+        transform = seconds(lambda: data.audio_to_frames([torch.from_numpy(song)], front_end))
+        whole = seconds(lambda: data.audio_to_frames(data.read_audio(path), front_end))
+        torch.set_num_threads(threads)
+        for copy in range(15):
+            shutil.copy(path, path.with_stem(f"song-{copy}"))
+        start = time.perf_counter()
+        quietly(data.prepare_folders, [folder], f"{folder}/store")
+        together = 16 * 180 / (time.perf_counter() - start)
+    for name, value in (("decode", decode), ("resample", resample), ("transform", transform), ("all", whole)):
+        print(f"  {name:12}{180 / value:8.0f} x real time")
+    print(f"  python data.py, 16 of them on all cores: {together:.0f} x real time")
 
 
 def scale():
@@ -155,6 +170,15 @@ def scale():
                     file.write(block)
             child = subprocess.run([sys.executable, "-c", told, music, music / "store"], cwd=Path(data.__file__).parent, check=True, capture_output=True, text=True)
             print(f"  preparing one file of {minutes:3} minutes: {int(child.stdout.split()[-1]) / 1024:.0f} MB at most")
+
+
+def features():
+    """Prepared frames through the network."""
+    print(f"\nprobe features of prepared frames, {torch.get_num_threads()} threads")
+    frames = [np.random.default_rng(0).integers(0, 255, (60 * 31, data.COLUMNS), dtype=np.uint8) for _ in range(10)]
+    for preset in ("small", "mt2"):
+        network = MT2(**{k: PRESETS[preset][k] for k in ("dim", "depth", "heads")}).eval()
+        print(f"  {preset:12}{sum(map(len, frames)) * probe.FRAME_SECONDS / seconds(lambda: probe.extract(network, frames, 'cpu')):8.0f} x real time")
 
 
 def random_store(folder, hours):
@@ -238,6 +262,7 @@ def training_step():
         return
     device = torch.device("cuda", torch.cuda.current_device())
     peak = next((p for name, p in training.PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), float("nan"))
+    front_end, wave = data.FrontEnd().to(device), 0.1 * torch.randn(3 * 128, 64000, device=device)
     with tempfile.TemporaryDirectory() as folder:
         store = random_store(Path(folder), 40)
         for size_of_batch, mask in ((128, PRESETS["mt2"]["mask"]), (4096, 0.9)):
@@ -251,9 +276,30 @@ def training_step():
                     function(next(steps))
                 torch.cuda.synchronize()
             step, views = seconds(lambda: some(train_one)) / 20, seconds(lambda: some(batch)) / 20
+            heard = seconds(torch.inference_mode()(lambda: some(lambda _: front_end(wave)))) / 20 * size_of_batch / 128
             flops = training.step_flops(network, size_of_batch, mask, 3)
             print(f"  batch {size_of_batch}, mask {mask}: {1 / step:.1f} steps/s, MFU {100 * flops / step / peak:.1f} %, "
-                  f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, batch and views take {100 * views / step:.0f} % of that time")
+                  f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, batch and views take {100 * views / step:.0f} % of that time; "
+                  f"had they come as audio, their front end would take {100 * heard / step:.0f} %")
+
+
+def grid():
+    """The grid of probes, and what training many at once is worth."""
+    print("\n216-point grid, 443 + 197 tracks, 960 dimensions, 10 classes")
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(640) % 10
+    x = torch.randn(10, 960, generator=generator)[y] + 4 * torch.randn(640, 960, generator=generator)
+    train, valid, owner = np.arange(443), np.arange(443, 640), np.arange(640)
+    score = lambda outputs, tracks: probe.accuracy(outputs.numpy(), y[tracks].numpy())
+    start = time.perf_counter()
+    probe.choose(x, owner, y, "class", train, valid, score)
+    print(f"  whole grid  {time.perf_counter() - start:8.1f} s")
+    for name, some in (("linear", [c for c in probe.GRID if not c["hidden"] and c["batch"] == 64][::3]),
+                       ("512 units", [c for c in probe.GRID if c["hidden"] and c["batch"] == 64][::3])):
+        runs = [dict(c, seed=0, train=train, valid=valid) for c in some]
+        fit = lambda chosen: probe.fit(x, owner, y, "class", chosen, score, steps=64, every=8, patience=99)
+        together, alone = seconds(lambda: fit(runs), 1), seconds(lambda: [fit([run]) for run in runs], 1)
+        print(f"  {name:12}{len(runs)} configurations, 64 steps: together {together:.2f} s, one by one {alone:.2f} s: {alone / together:.1f} x")
 
 
 def learn():
@@ -274,69 +320,8 @@ def main():
         return learn()
     processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?") if Path("/proc/cpuinfo").exists() else platform.processor()
     print(f"torch {torch.__version__}, numpy {np.__version__}, {processor}, {torch.get_num_threads()} threads\n")
-    print(f"{'seconds of audio per second':34}{'16 clips of 4 s':>18}{'one of 10 min':>18}")
-    waves = [torch.randn(16, 64000) * 0.1, torch.randn(1, 600 * data.SAMPLE_RATE) * 0.1]
-    cqt, mel = data.CQT(), data.Mel()
-    rates, cost = {}, operations()
-    with torch.inference_mode():
-        for name, make in {"CQT (octaves)": lambda w: lambda: cqt(w), "CQT (one dense kernel)": dense_cqt, "mel": lambda w: lambda: mel(w),
-                           **other_libraries()}.items():
-            rates[name] = [w.numel() / data.SAMPLE_RATE / seconds(make(w)) for w in waves]
-            formula = f"   {cost[name]:.1f} million operations" if name in cost else ""
-            print(f"{name:34}{rates[name][0]:18.0f}{rates[name][1]:18.0f}   {1e6 / rates[name][1]:.0f} us{formula} a second of audio")
-        ratio = [a / b for a, b in zip(rates["CQT (octaves)"], rates["CQT (one dense kernel)"])]
-        print(f"{'octaves : dense':34}{ratio[0]:17.1f}x{ratio[1]:17.1f}x\n")
-
-    front_end_on_gpu()
-    print("preparing one stereo 44.1 kHz ogg of 3 minutes, one core")
-    with tempfile.TemporaryDirectory() as folder:
-        song = np.tile(data.render(data.compose(0)), 8)[:180 * data.SAMPLE_RATE]
-        wave = data.resample(torch.from_numpy(song), data.SAMPLE_RATE, 44100).numpy()
-        path = Path(folder) / "song.ogg"
-        with sf.SoundFile(path, "w", 44100, 2) as file:  # in blocks: libvorbis dislikes minutes at once
-            for block in np.array_split(np.stack([wave, 0.8 * wave], axis=1).clip(-1, 1), 60):
-                file.write(block)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        front_end, mono = data.FrontEnd(), torch.from_numpy(wave)
-        decode = seconds(lambda: sf.read(path, dtype="float32"))
-        resample = seconds(lambda: data.resample(mono, 44100, data.SAMPLE_RATE))
-        transform = seconds(lambda: data.audio_to_frames([torch.from_numpy(song)], front_end))
-        whole = seconds(lambda: data.audio_to_frames(data.read_audio(path), front_end))
-        torch.set_num_threads(threads)
-        for copy in range(15):
-            shutil.copy(path, path.with_stem(f"song-{copy}"))
-        start = time.perf_counter()
-        quietly(data.prepare_folders, [folder], f"{folder}/store")
-        together = 16 * 180 / (time.perf_counter() - start)
-    for name, value in (("decode", decode), ("resample", resample), ("transform", transform), ("all", whole)):
-        print(f"  {name:12}{180 / value:8.0f} x real time")
-    print(f"  python data.py, 16 of them on all cores: {together:.0f} x real time")
-    scale()
-
-    print(f"\nprobe features of prepared frames, {threads} threads")
-    frames = [np.random.default_rng(0).integers(0, 255, (60 * 31, data.COLUMNS), dtype=np.uint8) for _ in range(10)]
-    for preset in ("small", "mt2"):
-        network = MT2(**{k: PRESETS[preset][k] for k in ("dim", "depth", "heads")}).eval()
-        print(f"  {preset:12}{sum(map(len, frames)) * probe.FRAME_SECONDS / seconds(lambda: probe.extract(network, frames, 'cpu')):8.0f} x real time")
-
-    training_step()
-
-    print("\n216-point grid, 443 + 197 tracks, 960 dimensions, 10 classes")
-    generator = torch.Generator().manual_seed(0)
-    y = torch.arange(640) % 10
-    x = torch.randn(10, 960, generator=generator)[y] + 4 * torch.randn(640, 960, generator=generator)
-    train, valid, owner = np.arange(443), np.arange(443, 640), np.arange(640)
-    score = lambda outputs, tracks: probe.accuracy(outputs.numpy(), y[tracks].numpy())
-    start = time.perf_counter()
-    probe.choose(x, owner, y, "class", train, valid, score)
-    print(f"  whole grid  {time.perf_counter() - start:8.1f} s")
-    for name, some in (("linear", [c for c in probe.GRID if not c["hidden"] and c["batch"] == 64][::3]),
-                       ("512 units", [c for c in probe.GRID if c["hidden"] and c["batch"] == 64][::3])):
-        runs = [dict(c, seed=0, train=train, valid=valid) for c in some]
-        fit = lambda chosen: probe.fit(x, owner, y, "class", chosen, score, steps=64, every=8, patience=99)
-        together, alone = seconds(lambda: fit(runs), 1), seconds(lambda: [fit([run]) for run in runs], 1)
-        print(f"  {name:12}{len(runs)} configurations, 64 steps: together {together:.2f} s, one by one {alone:.2f} s: {alone / together:.1f} x")
+    for part in (front_ends, preparation, scale, features, training_step, grid):
+        part()
 
 
 if __name__ == "__main__":

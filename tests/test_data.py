@@ -339,13 +339,6 @@ def test_cutting_into_chunks_leaves_no_trace(front_end, monkeypatch, seconds):
     assert (torch.from_numpy(frames).float() - whole).abs().max() <= 1
 
 
-def test_chunks_cut_a_stream_without_loss():
-    wave = torch.arange(1000.0)
-    pieces = list(data.chunks(wave.split(37), 100))
-    assert [len(p) for p in pieces] == [100] * 10 and torch.equal(torch.cat(pieces), wave)
-    assert [len(p) for p in data.chunks([wave[:250]], 100)] == [100, 100, 50]
-
-
 # ---------------------------------------------------------------- small tools
 
 

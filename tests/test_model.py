@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from data import CROP_BINS, N_MELS, InputError
-from losses import cpsd, nt_xent
-from model import MT2, Block, load_checkpoint, parameter_count
+from data import CROP_BINS, N_MELS, SEGMENT, InputError
+from losses import PRETEXT, cpsd, nt_xent
+from model import MT2, Block, load_checkpoint, parse_patch
 
 SMALL = dict(dim=32, depth=2, heads=2, frames=20)
 
@@ -35,6 +35,16 @@ def assert_same(a, b, tolerance=1e-4):
 
 
 # ---------------------------------------------------------------- sizes
+
+
+def parameter_count(tokens, dim, depth, frames=SEGMENT, patch="1", pool="token"):
+    """Number of parameters by formula: what each part costs, the heads of the pretext tasks counted as they are."""
+    block = 12 * dim ** 2 + 13 * dim                                       # qkv, out, two-layer MLP, two norms
+    sizes = parse_patch(patch)
+    tokenisers = (sum(2 * bins + bins * dim + dim for bins in (CROP_BINS, N_MELS)) + frames * dim if sizes == [None]
+                  else sum((bands * width + 1) * dim for bands, width in sizes))
+    heads = sum(p.numel() for name in tokens for p in PRETEXT[name](dim).parameters())
+    return depth * block + tokenisers + (len(tokens) * dim if pool == "token" else 0) + 2 * dim + heads
 
 
 @pytest.mark.parametrize("config", [

@@ -227,11 +227,13 @@ def test_file_names_that_are_not_text_survive(tmp_path):
 
 
 def test_folders_of_the_same_name_keep_all_their_files(tmp_path):
-    """Two albums in folders called `cd1`, each with a `01.wav`."""
-    for i, artist in enumerate(("one", "two")):
-        write_tone(tmp_path / artist / "cd1" / "01.wav", 220.0 * (i + 1))
-    store = prepare_folders([tmp_path / "one" / "cd1", tmp_path / "two" / "cd1"], tmp_path / "out")
-    assert len(store.paths) == 2 and (store.track(0) != store.track(1)).any()
+    """Albums in folders called `cd`, each with a `01.wav`, and one in `cd-2`, the name that the second `cd` gets."""
+    folders = [tmp_path / "one" / "cd", tmp_path / "two" / "cd", tmp_path / "three" / "cd-2"]
+    for i, folder in enumerate(folders):
+        write_tone(folder / "01.wav", 220.0 * (i + 1))
+    store = prepare_folders(folders, tmp_path / "out")
+    assert store.paths == ["cd-2-2/01.wav", "cd-2/01.wav", "cd/01.wav"]
+    assert (store.track(0) != store.track(1)).any() and (store.track(1) != store.track(2)).any()
 
 
 def test_a_folder_given_twice_counts_once(tmp_path):

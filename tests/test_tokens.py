@@ -11,6 +11,7 @@ import data
 import losses
 import model
 import train
+from test_model import parameter_count
 from test_train import run, same, store  # noqa: F401  (store is a fixture)
 
 
@@ -294,7 +295,7 @@ def test_presets_have_the_size_of_their_papers(preset, millions):
     tokens = p["tokens"].split(",")
     network = model.MT2(tokens, p["dim"], p["depth"], p["heads"], patch=p["patch"], pool=p["pool"])
     total = sum(x.numel() for x in network.parameters())
-    assert total == model.parameter_count(tokens, p["dim"], p["depth"], patch=p["patch"], pool=p["pool"])
+    assert total == parameter_count(tokens, p["dim"], p["depth"], patch=p["patch"], pool=p["pool"])
     projectors = sum(x.numel() for name, head in network.heads.items() if head.branch == "mel" for x in head.parameters())
     assert (total - projectors) / 1e6 == pytest.approx(millions, rel=0.02)
 

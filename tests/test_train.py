@@ -68,7 +68,7 @@ def test_only_matrices_decay():
 
 
 @pytest.mark.parametrize("tokens", ["cpsd,ntxent", "cpsd", "ntxent"])
-def test_resume_is_bit_for_bit(tokens, store, tmp_path, monkeypatch):
+def test_resume_is_bit_for_bit(tokens, store, tmp_path, monkeypatch, capsys):
     common = ("--tokens", tokens, "--data", store, "--batch-size", 4, "--steps", 4, "--log-every", 1)
     run(monkeypatch, *common, "--out", tmp_path / "a")
     run(monkeypatch, *common, "--out", tmp_path / "b", "--stop-at", 2)
@@ -77,6 +77,8 @@ def test_resume_is_bit_for_bit(tokens, store, tmp_path, monkeypatch):
     assert same(a, b) and a["step"] == 4
     logs = [[{k: v for k, v in json.loads(line).items() if k != "clips_per_s"} for line in open(tmp_path / name / "log.jsonl")] for name in "ab"]
     assert [line["step"] for line in logs[0]] == [1, 2, 3, 4]
+    run(monkeypatch, "--out", tmp_path / "b", "--resume", "--stop-at", 2)                    # long past: nothing to do
+    assert "step 4 of 4" in capsys.readouterr().out.splitlines()[-1]
     assert logs[0] == logs[1] and {"grad_norm", "lr", *tokens.split(",")} <= set(logs[0][0])
 
 
@@ -230,6 +232,8 @@ def test_bad_input_is_one_line(store, tmp_path, monkeypatch, capsys):
     assert "no such checkpoint" in fail("--out", out, "--resume")
     assert "--omega" in fail("--omega", "3", "--data", store, "--out", out)
     assert "--mask" in fail("--mask", "1", "--data", store, "--out", out)
+    assert "--log-every 0" in fail("--log-every", "0", "--data", store, "--out", out)
+    assert "--save-every -1" in fail("--save-every", "-1", "--data", store, "--out", out)
     run(monkeypatch, "--data", store, "--batch-size", 4, "--steps", 2, "--out", out, "--stop-at", 1)
     assert "--resume" in fail("--data", store, "--out", out)
     assert "--lr" in fail("--out", out, "--resume", "--lr", "0.5")
