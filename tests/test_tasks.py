@@ -846,7 +846,7 @@ def test_interval_of_folds_is_of_all_folds(monkeypatch):
     tracks = [probe.Track(str(i), None, {"c": "abc"[i % 3]}, i // 3, str(i)) for i in range(12)]
     x = torch.eye(3)[[i % 3 if i < 3 else (i + 1) % 3 for i in range(12)]]
     monkeypatch.setattr(probe, "fit", lambda x, owner, y, kind, runs, *_, **__: [lambda x, owner, tracks: x[tracks]] * len(runs))
-    cell = probe.probe_global({"raw": x}, np.arange(12), tracks, {"c": "class"}, False, [], print)[0]["raw"]["accuracy"]
+    cell = probe.probe_global({"raw": x}, np.arange(12), tracks, {"c": "class"}, False, [])[0]["raw"]["accuracy"]
     assert cell["scores"] == [1, 0, 0, 0] and cell["interval"][0] <= 0.25 <= cell["interval"][1]
 
 
