@@ -1597,8 +1597,7 @@ def emergence_of_labels(model, store, numbers, tracks, device):
                                            [tracks[i] for i in mine], kind, seeds=1)
             for name, cells in probed.items():
                 results.setdefault(name, {})[f"{kind} {metric}"] = cells[metric]
-            if metric in constant:
-                chance[f"{kind} {metric}"] = constant[metric]
+            chance |= {f"{kind} {metric}": constant[metric]} if constant else {}
     return results, chance
 
 
@@ -1770,9 +1769,9 @@ def open_features(path, tracks):
     try:
         with np.load(path) as file:
             features, names = torch.from_numpy(np.ascontiguousarray(file["features"], np.float32)), [str(n) for n in file["track"]]
-    except (OSError, ValueError, KeyError):
+    except Exception:  # np.load has no exception of its own: zip, pickle, value and end-of-file errors all mean the same
         raise InputError(f"{path}: is not an npz with the arrays features (items, dim) and track (items,)") from None
-    if features.ndim != 2 or len(features) != len(names) or not features.isfinite().all():
+    if features.ndim != 2 or not 0 < len(features) == len(names) or not features.isfinite().all():
         raise InputError(f"{path}: features {tuple(features.shape)} must be (items, dim), finite, one row for each of {len(names)} tracks")
     stem = lambda name: Path(name).stem if Path(name).suffix.lower() in AUDIO_SUFFIXES else Path(name).name
     number = {key: i for i, t in enumerate(tracks) for key in (stem(t.name), t.name)}
@@ -1821,11 +1820,11 @@ def run_task(args):
     if local and (args.features or args.grid or args.shares or args.layers or args.confusion):
         raise InputError(f"{args.task} is a local task: --features, --grid, --labels, --layers and --confusion do not apply to it")
     if args.features:
-        source, speed = args.features, []
+        source, speed = args.features, None
         rows, owner, kept = open_features(source, tracks)
     else:
         source = checkpoint_of(args)
-        rows, owner, kept, *speed = make_features(args, source, tracks, per_frame=bool(local))
+        rows, owner, kept, speed = make_features(args, source, tracks, per_frame=bool(local))
     if args.rows:
         unknown = set(args.rows.split(",")) - set(rows)
         if unknown:
@@ -1846,7 +1845,7 @@ def run_task(args):
     name = args.task
     if name in ("folders", "csv"):
         name = re.sub(r"[^\w-]+", "-", f"{name}-{Path(args.data).resolve().stem}-{args.label if name == 'csv' else ''}").strip("-")
-    publish(source, f"{name}{'-grid' if args.grid else ''}", title, results, chance, remarks + speed, args.task)
+    publish(source, f"{name}{'-grid' if args.grid else ''}", title, results, chance, remarks + ([speed] if speed else []), args.task)
     for (row, target), prediction in predictions.items():
         if row == args.confusion:
             print_confusion(*prediction, Path(source).with_name(f"confusion-{name}-{target}.png"))
@@ -1885,23 +1884,23 @@ def synth_table(model, device):
         results[name]["retrieval"] = mean_of(retrieval(x[first], x[last]))
 
     # Chords: one answer per frame, from a part of the songs.
-    _, part, songs_of_part = synth_tracks(train=96, valid=32, test=64)
-    chords, constant = probe_local(*all_rows(model, store, part, device, per_frame=True), songs_of_part, "chords", seeds=1)
+    _, some, parts = synth_tracks(train=96, valid=32, test=64)
+    chords, _ = probe_local(*all_rows(model, store, some, device, per_frame=True), parts, "chords", seeds=1)
     for name, cells in chords.items():
         results[name.replace("sequence", "sequence mean")]["chord"] = cells["overlap (pooled)"]
-    chance |= {"chord": constant["overlap (pooled)"], "retrieval": 1 / 128}
+    heard = np.concatenate([frame_labels("chords", t.labels["chords"], store.lengths[i]) for i, t in zip(some, parts) if t.split == "test"])
+    chance |= {"chord": np.bincount(heard).max() / len(heard), "retrieval": 1 / 128}
 
-    # Keys without labels: of 12 outputs each is a signature, of 24 a key.
+    # Keys without labels: the largest of 12 outputs is a signature, of 24 a key.
     held_out, truth = [store.track(i) for i in numbers[test]], np.array(labels["key"])[test]
-    estimates = {"raw": template_keys(held_out)}
+    right = lambda estimate: mean_of([(SIGNATURES[estimate] == SIGNATURES[truth]).mean()])
+    results["raw"]["key sig. 0-shot"] = right(template_keys(held_out))
     if token := model.key_token():
-        for name, network in ((token, model), (f"untrained {token}", untrained(model, device))):
-            keys = key_probabilities(network, held_out, device)
-            estimates[name] = keys.argmax(dim=1).numpy()
+        for prefix, network in (("", model), ("untrained ", untrained(model, device))):
+            keys, row = key_probabilities(network, held_out, device), results[prefix + token]     # (tracks, 12 or 24)
+            row["key sig. 0-shot"] = right(keys.argmax(dim=1).numpy())
             if keys.shape[1] == 24:
-                results[name]["key 0-shot"] = mean_of([(estimates[name] == truth).mean()])
-    for name, estimate in estimates.items():
-        results[name]["key sig. 0-shot"] = mean_of([(SIGNATURES[estimate] == SIGNATURES[truth]).mean()])
+                row["key 0-shot"] = mean_of([(keys.argmax(dim=1).numpy() == truth).mean()])
     chance["key sig. 0-shot"] = 1 / 12
     return results, chance
 
@@ -1958,15 +1957,18 @@ def score_keys(args, checkpoint, model):
     if not found:
         raise InputError(f"{args.keys}: no row names a file below {' '.join(args.songs)}; give paths relative to that folder")
     tracks, truth = [store.track(i) for i in found], np.array(list(found.values()))
-    token, fresh = model.key_token(), untrained(model, args.device)
-    rows = {token: key_probabilities(model, tracks, args.device).numpy(), f"untrained {token}": key_probabilities(fresh, tracks, args.device).numpy(),
-            "Krumhansl template": np.eye(24)[template_keys(tracks)]}
+    rows = {f"{prefix}{model.key_token()}": key_probabilities(network, tracks, args.device).numpy()
+            for prefix, network in (("", model), ("untrained ", untrained(model, args.device)))}
+    rows["Krumhansl template"] = np.eye(24)[template_keys(tracks)]
     # The largest of 12 outputs is a signature, named by its major key; what asks for the mode needs all 24.
     metrics = metrics_of("key", ALL_KEYS)
     by_signature = {"signature": lambda o, t: float((SIGNATURES[o.argmax(axis=1)] == SIGNATURES[t]).mean()), "KSEA": metrics["KSEA"]}
     by_key = {name: metrics[name] for name in ("accuracy", "weighted", "weighted (both)", "mode")}
-    results = {row: cells_of(by_signature, [outputs], [truth], True) | (cells_of(by_key, [outputs], [truth], True) if outputs.shape[1] == 24 else {})
-               for row, outputs in rows.items()}
+    results = {}
+    for row, outputs in rows.items():
+        results[row] = cells_of(by_signature, [outputs], [truth], True)
+        if outputs.shape[1] == 24:
+            results[row] |= cells_of(by_key, [outputs], [truth], True)
     title = (f"key without labels, {len(truth)} tracks, in % [95 % bootstrap interval]; signature: right but for the relative key; KSEA: half\n"
              "for a fifth; weighted: MIREX, ascending fifths (both: either way)")
     publish(checkpoint, f"key-{Path(args.songs[0]).resolve().name}", title, results, {"signature": 1 / 12, "KSEA": 1 / 6, "accuracy": 1 / 24, "mode": 0.5})
@@ -2019,12 +2021,11 @@ def print_show(args):
     if plt is None:
         return
     middle = slice(first := max(0, len(weights) // 2 - 2), first + 4)
-    figures = {"frontend": draw_front_end(plt, frames), "key": None if course is None else draw_key(plt, course),
-               "attention": draw_attention(plt, model.tokens, weights[middle], envelope[middle], r, first * SEGMENT * FRAME_SECONDS),
-               "similarity": draw_similarity(plt, matrices, size * FRAME_SECONDS)}
+    figures = {"frontend": draw_front_end(plt, frames)} | ({} if course is None else {"key": draw_key(plt, course)})
+    figures["attention"] = draw_attention(plt, model.tokens, weights[middle], envelope[middle], r, first * SEGMENT * FRAME_SECONDS)
+    figures["similarity"] = draw_similarity(plt, matrices, size * FRAME_SECONDS)
     for name, figure in figures.items():
-        if figure:
-            save_figure(plt, figure, Path(args.out or f"{Path(args.song).stem}-figures") / f"{name}.png")
+        save_figure(plt, figure, Path(args.out or f"{Path(args.song).stem}-figures") / f"{name}.png")
 
 
 def print_map(args):
