@@ -942,6 +942,36 @@ def test_key_of_files_and_of_labelled_folders(song_folder, checkpoint, tmp_path,
             command(monkeypatch, "key", song_folder, "--keys", tmp_path / "keys.csv", "--checkpoint", checkpoint)
 
 
+def test_table_of_the_embedded_songs_finds_what_is_planted(tmp_path, monkeypatch):
+    """Frames that show instrument and chord, and nothing else: raw features name both, and guess the key from a chord or two."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(probe, "SYNTH_SPLITS", {"train": range(0, 512), "valid": range(515, 540), "test": range(541, 581)})
+    monkeypatch.setattr(probe, "SYNTH_STEPS", 64)
+    monkeypatch.setattr(probe, "FRAMES", dict(batch=256, every=32, patience=1))
+    monkeypatch.setitem(LINEAR, "lr", 0.1)
+
+    class Planted(Songs):
+        def track(self, i):
+            score, frames = data.compose(i), np.zeros((126 + i % 9, data.COLUMNS), np.uint8)
+            frames[:, data.N_BINS + score["instrument"]] = 255
+            for frame, moment in enumerate(np.arange(len(frames)) * probe.FRAME_SECONDS):
+                frames[frame, data.N_BINS + 20 + next(c for start, end, c in score["chords"] if start <= moment < end)] = 255
+            return frames
+
+    monkeypatch.setattr(probe, "prepare_synth", lambda: Planted([126 + i % 9 for i in range(581)]))
+    net = network(("skey",), depth=1)
+    torch.save(dict(config=net.config, model=net.state_dict()), "m.pt")
+    command(monkeypatch, "synth", "--checkpoint", "m.pt")
+    table = json.loads(Path("probe-synth.json").read_text())
+    rows, chance = table["rows"], table["chance"]
+    assert list(rows) == ["skey", "sequence mean", "all tokens mean", "untrained skey", "untrained sequence mean", "untrained all tokens mean", "raw"]
+    assert rows["raw"]["instrument @512"]["mean"] > 0.95 and rows["raw"]["chord"]["mean"] > 0.9 > 0.7 > rows["raw"]["key @512"]["mean"]
+    labelled = ["key @64", "key @512", "instrument @64", "instrument @512", "tempo @512", "retrieval"]
+    assert list(rows["untrained skey"]) == labelled + ["key sig. 0-shot", "key 0-shot"] and list(rows["sequence mean"]) == labelled + ["chord"]
+    songs = [data.compose(i) for i in range(541, 581)]
+    assert chance["key @64"] == pytest.approx(max(np.bincount([s["key"] for s in songs])) / 40) and chance["retrieval"] == 1 / 128
+
+
 def test_probing_without_a_key_token_or_a_run_is_refused(song_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net = model.MT2(("ntxent",), dim=24, depth=1, heads=2)
