@@ -1110,10 +1110,10 @@ def probe_global(rows, owner, tracks, targets, grid, shares):
             predictions[name, target] = outputs[0], truths[0], names
             results[name] |= cells_of(metrics, outputs, truths, shared)
             for share in shares:
-                four = [runs[draw % len(runs)] | dict(seed=draw, train=labelled_part(runs[draw % len(runs)]["train"], y, share, draw)) for draw in range(4)]
-                heads = fit(x, owner, y, kind, four, score)
-                tests = [splits[draw % len(splits)][2] for draw in range(4)]
-                results[name][f"{column} @{100 * share:g} %"] = mean_of([score(head(x, owner, test), test) for head, test in zip(heads, tests)])
+                four = [(draw, runs[draw % len(runs)], splits[draw % len(splits)][2]) for draw in range(4)]
+                fewer = [dict(run, seed=draw, train=labelled_part(run["train"], y, share, draw)) for draw, run, _ in four]
+                scores = [score(head(x, owner, test), test) for head, (_, _, test) in zip(fit(x, owner, y, kind, fewer, score), four)]
+                results[name][f"{column} @{100 * share:g} %"] = mean_of(scores)
             bar.update()
     bar.close()
     return results, chance, remarks, predictions
@@ -1154,6 +1154,7 @@ def probe_local(rows, owner, tracks, kind, seeds=SEEDS):
     """
     frames = np.split(np.arange(len(owner)), np.searchsorted(owner, np.arange(1, len(tracks))))       # numbers of each track's frames
     y = torch.from_numpy(np.concatenate([frame_labels(kind, t.labels[kind], len(own)) for t, own in zip(tracks, frames)]))  # (frames,)
+    place = [np.arange(len(own)) for own in frames]                                                   # each frame an item of its own
     labelled = lambda numbers: np.concatenate([own[(y[own] >= 0).numpy()] for own in (frames[i] for i in numbers)])
     if kind == "chords":
         target, thresholds = y, [None]
@@ -1168,12 +1169,13 @@ def probe_local(rows, owner, tracks, kind, seeds=SEEDS):
         score = lambda outputs, numbers: -F.binary_cross_entropy_with_logits(outputs, target[numbers]).item()
     splits, metrics = splits_of(tracks)[:seeds], metrics_of(kind, None)
     steer = next(iter(metrics.values()))
-    runs = [dict(LINEAR, batch=FRAMES["batch"], seed=seed, train=labelled(train), valid=labelled(valid)) for seed, (train, valid, _) in enumerate(splits)]
+    runs = [dict(LINEAR, batch=FRAMES["batch"], seed=seed, train=labelled(train), valid=labelled(valid))
+            for seed, (train, valid, _) in enumerate(splits)]
     results, chance = {}, {}
     for name, x in tqdm(rows.items(), desc="probes", unit="row"):
         heads, counts = fit(x, np.arange(len(owner)), target, kind, runs, score, every=FRAMES["every"], patience=FRAMES["patience"]), []
         for head, (_, valid, test) in zip(heads, splits):
-            said = {i: head(x[frames[i]], np.arange(len(frames[i])), np.arange(len(frames[i]))) for i in (*valid, *test)}  # (frames of i, outputs) each
+            said = {i: head(x[frames[i]], place[i], place[i]) for i in (*valid, *test)}               # (frames of i, outputs) each
             counts_of = lambda numbers, threshold: np.array([count(decide(said[i], threshold), i) for i in numbers])
             counts.append(counts_of(test, max(thresholds, key=lambda h: steer(counts_of(valid, h), None))))
         results[name] = cells_of(metrics, counts, counts, share_test(splits))
@@ -1376,7 +1378,8 @@ def embed(model, store, numbers, device):
     blocks = np.split(numbers, range(BLOCK, len(numbers), BLOCK))
     parts = [cached(model, store, block, device, [model.config["depth"]], False, None)
              for block in tqdm(blocks, desc="embedding", unit=f"{BLOCK} tracks")]
-    tokens, sequence = (torch.cat([part[name][:, 0] for part in parts]).float() for name in ("tokens", "sequence"))  # (windows, tokens, dim), (windows, dim)
+    tokens = torch.cat([part["tokens"][:, 0] for part in parts]).float()             # (windows, tokens, dim)
+    sequence = torch.cat([part["sequence"][:, 0] for part in parts]).float()         # (windows, dim)
     rows = {name: tokens[:, i] for i, name in enumerate(model.tokens[:model.class_token_count])} | {"sequence": sequence}
     time = np.array([start for cuts in spans for start, _ in cuts]) * FRAME_SECONDS
     return rows, np.repeat(np.arange(len(spans)), [len(cuts) for cuts in spans]), time
@@ -1519,7 +1522,8 @@ def draw_key(plt, course):
 def draw_attention(plt, names, attention, envelope, r, start):
     """attention (windows, layers, tokens, 126), envelope (windows, 126) dB, r (layers, tokens), start: s of the first window."""
     windows, layers, tokens, _ = attention.shape
-    attention, envelope = SEGMENT * attention.permute(1, 2, 0, 3).flatten(2).numpy(), envelope.flatten().numpy()  # (layers, tokens, frames), (frames,)
+    attention = SEGMENT * attention.permute(1, 2, 0, 3).flatten(2).numpy()                         # (layers, tokens, frames), x an even share
+    envelope = envelope.flatten().numpy()                                                          # (frames,)
     end = start + windows * SEGMENT * FRAME_SECONDS
     figure, panels = plt.subplots(1 + tokens, 1, figsize=(11, 2 + (0.8 + 0.3 * layers) * tokens), sharex=True,
                                   height_ratios=[1.2] + [0.5 + 0.3 * layers] * tokens)
@@ -1745,7 +1749,8 @@ def counts_line(args, tracks, kept):
     official = dict(zip(("train", "valid", "test"), task.expected)) if task and isinstance(task.expected, tuple) else {}
     total = sum(official.values()) or (task and task.expected) or len(tracks)
     parts = Counter(t.split for t in tracks if t.name in kept)
-    each = [f"{part} {parts[part]} of {n}" for part, n in official.items()] or [f"{part} {parts[part]}" for part in sorted(p for p in parts if isinstance(p, str))]
+    named = sorted(part for part in parts if isinstance(part, str))  # others are folds
+    each = [f"{part} {parts[part]} of {n}" for part, n in official.items()] or [f"{part} {parts[part]}" for part in named]
     lost = [t.name for t in tracks if t.name not in kept]
     known = [name for name in lost if task and name in task.broken]
     lost = [name for name in lost if name not in known]
@@ -2003,7 +2008,8 @@ def print_show(args):
             if now != before:
                 print(f"    {clock(i * SEGMENT * FRAME_SECONDS)}  {name_of(course[i])}")
 
-    weights, envelope = class_attention(model, [frames], args.device).mean(dim=3), onset_windows([frames])  # (windows, layers, tokens, 126), (windows, 126)
+    weights = class_attention(model, [frames], args.device).mean(dim=3)                  # (windows, layers, tokens, 126)
+    envelope = onset_windows([frames])                                                   # (windows, 126)
     r = correlations(weights, envelope[:, None, None])[..., 0].mean(dim=0)               # (layers, tokens)
     for t, name in enumerate(model.tokens):
         print(f"{name} is most tied to onsets in layer {r[:, t].abs().argmax() + 1}; r by layer: {' '.join(f'{v:.2f}' for v in r[:, t])}")
