@@ -2040,7 +2040,7 @@ def print_map(args):
     Without matplotlib the places are printed as a CSV.
     """
     model = load_checkpoint(checkpoint_of(args), args.device)
-    circle = lambda key: "?" if key is None else FIFTH_NAMES[FIFTHS.index(signature_of(key))]
+    circle = lambda key: "?" if key is None else FIFTH_NAMES[FIFTHS.index(SIGNATURES[key])]
     if args.data:
         store = prepare_folders([args.data])
         numbers = np.arange(len(store.paths))
