@@ -1036,24 +1036,25 @@ def labelled_part(train, y, share, draw):
 
 # ---------------------------------------------------------------- one task, from labels to rows
 
+# Results of every command are {row: {column: cell}}, a cell being dict(mean, std, scores of each seed, sometimes interval).
+
 
 def encode(tracks, target, kind):
-    """Labels of all tracks -> (y tensor, names of classes, tags or axes)."""
+    """Labels of all tracks -> (y, names of classes, tags or axes). y: (tracks,) int64 classes, or (tracks, names) float."""
     labels = [t.labels[target] for t in tracks]
     if kind == "key":
         return torch.tensor(labels), ALL_KEYS
-    if kind == "tags":
-        names = sorted({tag for tags in labels for tag in tags})
-        return torch.tensor([[float(name in tags) for name in names] for tags in map(set, labels)]), names
     if kind == "regression":
         return torch.tensor(labels), ["arousal", "valence"] if target == "emotion" else [target]
+    if kind == "tags":
+        names = sorted(set().union(*labels))
+        return torch.tensor([[float(name in tags) for name in names] for tags in labels]), names
     names = sorted(set(labels))
-    number = {name: i for i, name in enumerate(names)}
-    return torch.tensor([number[label] for label in labels]), names
+    return torch.tensor([names.index(label) for label in labels]), names
 
 
-def constant_outputs(kind, y, train, count):
-    """What a probe that hears nothing says: the most frequent training class, or the mean of the training targets."""
+def constant_outputs(y, train, count):
+    """What a probe that hears nothing says: the most frequent training class, or the mean of the training targets. (count, outputs)"""
     if y.ndim == 2:
         return y[train].mean(dim=0).repeat(count, 1).numpy()
     most = torch.bincount(y[train]).argmax()
@@ -1061,67 +1062,71 @@ def constant_outputs(kind, y, train, count):
 
 
 def mean_of(values):
+    """The cell of a table, from one score per seed."""
     return dict(mean=float(np.nanmean(values)), std=float(np.nanstd(values)), scores=[float(v) for v in values])
 
 
-def probe_global(rows, owner, tracks, targets, grid, shares, report):
-    """Probe every row on every target: {row: {column: dict(mean, std, scores, interval)}} and chance {column: value}.
+def cells_of(metrics, outputs, truths, shared):
+    """{metric: cell}, the first with its interval. outputs, truths: per seed what was said of its test tracks and what is true (see interval)."""
+    cells = {metric: mean_of([function(o, t) for o, t in zip(outputs, truths)]) for metric, function in metrics.items()}
+    first = next(iter(metrics))
+    cells[first]["interval"] = interval(metrics[first], outputs, truths, shared)
+    return cells
 
-    rows {row: (windows, dim)}, owner (windows,) track numbers. report(text) prints a remark. The first metric of a target
-    has the interval. With several targets the column says which.
+
+def probe_global(rows, owner, tracks, targets, grid, shares):
+    """Probe every row on every target: one answer a track.
+
+    rows {row: (windows, dim)}, owner (windows,) track numbers, targets {label: kind}; grid: whether to choose a configuration
+    for each row; shares: of the labels, to learn from these as well. With several targets the column says which.
+    Returns results, chance {column: value}, remarks [str], and of the first seed {(row, target): (outputs, truth, names)}.
     """
     splits = splits_of(tracks)
-    results, chance, predictions = {name: {} for name in rows}, {}, {}
+    shared = share_test(splits)
+    results, chance, remarks, predictions = {name: {} for name in rows}, {}, [], {}
     bar = tqdm(total=len(rows) * len(targets), desc="probes", unit="row")
     for target, kind in targets.items():
         y, names = encode(tracks, target, kind)
-        truth = y.numpy()
+        truths = [y[test].numpy() for _, _, test in splits]
         if kind == "tags":
-            single = [name for name, share in zip(names, truth[splits[0][2]].mean(axis=0)) if share in (0, 1)]
+            single = [name for name, share in zip(names, truths[0].mean(axis=0)) if share in (0, 1)]
             if single:
-                report(f"tags with one class only in the test set, left out of the means: {', '.join(single)}")
-        if kind not in ("tags", "regression"):
-            report(f"{target}: {len(names)} classes")
-        metrics = metrics_of(kind, names)
-        steer = next(iter(metrics.values()))
-        score = lambda outputs, numbers: steer(outputs.numpy(), truth[numbers])
-        title = lambda metric: metric if len(targets) == 1 else f"{target} {metric}"
-        for metric, function in metrics.items():
-            chance[title(metric)] = float(np.mean([function(constant_outputs(kind, y, train, len(test)), truth[test]) for train, _, test in splits]))
+                remarks.append(f"tags with one class only in the test set, left out of the means: {', '.join(single)}")
+        elif kind != "regression":
+            remarks.append(f"{target}: {len(names)} classes")
+        metrics = {metric if len(targets) == 1 else f"{target} {metric}": function for metric, function in metrics_of(kind, names).items()}
+        column, steer = next(iter(metrics.items()))
+        score = lambda outputs, numbers: steer(outputs.numpy(), y[numbers].numpy())
+        constant = [constant_outputs(y, train, len(test)) for train, _, test in splits]
+        chance |= {metric: float(np.mean([function(o, t) for o, t in zip(constant, truths)])) for metric, function in metrics.items()}
         for name, x in rows.items():
             winners = [LINEAR] * len(splits)
             if grid:  # one choice where seeds share their test tracks, else one each: never with a track that is tested
-                winners = [choose(x, owner, y, kind, train, valid, score) for train, valid, _ in splits[:1 if share_test(splits) else None]]
-                for winner in winners:
-                    report(f"{name}, {target}: " + ", ".join(f"{k} {v}" for k, v in winner.items()))
+                winners = [choose(x, owner, y, kind, train, valid, score) for train, valid, _ in splits[:1 if shared else None]]
+                remarks += [f"{name}, {target}: " + ", ".join(f"{k} {v}" for k, v in winner.items()) for winner in winners]
                 winners = winners * (len(splits) // len(winners))
             runs = [dict(winner, seed=seed, train=train, valid=valid) for seed, (winner, (train, valid, _)) in enumerate(zip(winners, splits))]
-            heads = fit(x, owner, y, kind, runs, score)
-            outputs = [head(x, owner, test).numpy() for head, (_, _, test) in zip(heads, splits)]
-            predictions[name, target] = outputs[0], truth[splits[0][2]], names
-            for metric, function in metrics.items():
-                cell = mean_of([function(o, truth[test]) for o, (_, _, test) in zip(outputs, splits)])
-                if function is steer:
-                    cell["interval"] = interval(function, outputs, [truth[test] for _, _, test in splits], share_test(splits))
-                results[name][title(metric)] = cell
+            outputs = [head(x, owner, test).numpy() for head, (_, _, test) in zip(fit(x, owner, y, kind, runs, score), splits)]
+            predictions[name, target] = outputs[0], truths[0], names
+            results[name] |= cells_of(metrics, outputs, truths, shared)
             for share in shares:
-                four = [(draw, winners[draw % len(splits)], *splits[draw % len(splits)]) for draw in range(4)]
-                runs = [dict(winner, seed=draw, train=labelled_part(train, y, share, draw), valid=valid) for draw, winner, train, valid, _ in four]
-                heads = fit(x, owner, y, kind, runs, score)
-                scores = [steer(head(x, owner, test).numpy(), truth[test]) for head, (*_, test) in zip(heads, four)]
-                results[name][f"{title(next(iter(metrics)))} @{100 * share:g} %"] = mean_of(scores)
+                four = [(draw, runs[draw % len(runs)], splits[draw % len(splits)][2]) for draw in range(4)]
+                fewer = [dict(run, seed=draw, train=labelled_part(run["train"], y, share, draw)) for draw, run, _ in four]
+                scores = [score(head(x, owner, test), test) for head, (_, _, test) in zip(fit(x, owner, y, kind, fewer, score), four)]
+                results[name][f"{column} @{100 * share:g} %"] = mean_of(scores)
             bar.update()
     bar.close()
-    return results, chance, predictions
+    return results, chance, remarks, predictions
 
 
-def opened(kind, label):
-    """A local task's label: read from its file, or as it is (the embedded songs have no files)."""
-    return label if not isinstance(label, Path) else read_intervals(label) if kind == "chords" else read_times(label)
+def beats_of(label, count):
+    """Beat times (s) within the `count` frames of a track, from its file or as they are (the embedded songs have no files)."""
+    beats = read_times(label) if isinstance(label, Path) else label
+    return beats[beats < count * FRAME_SECONDS]
 
 
 def frame_labels(kind, label, count):
-    """What is true of the frames of a track, (count,): chord classes, or 1.0 within a frame of a beat; -1 = not scored.
+    """What is true of the frames of a track, (count,): chord classes, or 1 within a frame of a beat, else 0; -1 = not scored.
 
     A frame on a chord's boundary belongs to the chord that starts there. Beat frames are learnt from one beat period
     before the first beat to one after the last, as an intro without music has no beats to miss.
@@ -1129,11 +1134,10 @@ def frame_labels(kind, label, count):
     times = np.arange(count) * FRAME_SECONDS
     labels = np.full(count, -1)
     if kind == "chords":
-        for start, end, chord in opened(kind, label):
+        for start, end, chord in read_intervals(label) if isinstance(label, Path) else label:
             labels[(times >= start) & (times < end)] = chord
         return labels
-    beats = opened(kind, label)
-    beats = beats[beats < count * FRAME_SECONDS]
+    beats = beats_of(label, count)
     if len(beats) < 2:
         return labels
     period = np.median(np.diff(beats))
@@ -1144,53 +1148,42 @@ def frame_labels(kind, label, count):
 
 
 def probe_local(rows, owner, tracks, kind, seeds=SEEDS):
-    """Probe every frame: like probe_global, for chords and beats. rows {row: (frames, dim)}, owner (frames,)."""
-    starts = np.searchsorted(owner, np.arange(len(tracks) + 1))
-    y = torch.from_numpy(np.concatenate([frame_labels(kind, t.labels[kind], starts[i + 1] - starts[i]) for i, t in enumerate(tracks)]))
-    every, metrics = np.arange(len(owner)), metrics_of(kind, None)
-    frames_of = lambda numbers: np.concatenate([np.arange(starts[i], starts[i + 1]) for i in numbers])
+    """Probe every frame for chords or beats: (results, chance). rows {row: (frames, dim)}, owner (frames,) track numbers.
+
+    The metrics are of counts, one line a track: frames right and frames with a label; or hits, beats estimated, beats true.
+    """
+    frames = np.split(np.arange(len(owner)), np.searchsorted(owner, np.arange(1, len(tracks))))       # numbers of each track's frames
+    y = torch.from_numpy(np.concatenate([frame_labels(kind, t.labels[kind], len(own)) for t, own in zip(tracks, frames)]))  # (frames,)
+    place = [np.arange(len(own)) for own in frames]                                                   # each frame an item of its own
+    labelled = lambda numbers: np.concatenate([own[(y[own] >= 0).numpy()] for own in (frames[i] for i in numbers)])
     if kind == "chords":
-        score = lambda outputs, numbers: accuracy(outputs[y[numbers] >= 0].numpy(), y[numbers][y[numbers] >= 0].numpy())
+        target, thresholds = y, [None]
+        decide = lambda outputs, _: outputs.argmax(dim=1)                                             # (frames, 25) -> (frames,)
+        count = lambda chord, i: [int(((y[frames[i]] == chord) & (y[frames[i]] >= 0)).sum()), int((y[frames[i]] >= 0).sum())]
+        score = lambda outputs, numbers: accuracy(outputs.numpy(), y[numbers].numpy())
     else:
-        target = torch.where(y < 0, torch.nan, y.float())[:, None]
-        score = lambda outputs, numbers: -float(F.binary_cross_entropy_with_logits(outputs, target[numbers], reduction="none").nanmean())
-        truth = [opened(kind, t.labels[kind]) for t in tracks]
-        truth = [beats[beats < (starts[i + 1] - starts[i]) * FRAME_SECONDS] for i, beats in enumerate(truth)]
-    splits = splits_of(tracks)[:seeds]
-    results, configuration, reading = {}, dict(LINEAR, batch=FRAMES["batch"]), {k: FRAMES[k] for k in ("every", "patience")}
-    chance = {}
+        target, thresholds = y.float()[:, None], np.arange(1, 20) / 20                                # (frames, 1)
+        truth = [beats_of(t.labels[kind], len(own)) for t, own in zip(tracks, frames)]
+        decide = lambda outputs, threshold: pick_beats(outputs[:, 0].sigmoid().numpy(), threshold)    # (frames, 1) -> times
+        count = lambda beats, i: [beat_hits(beats, truth[i]), len(beats), len(truth[i])]
+        score = lambda outputs, numbers: -F.binary_cross_entropy_with_logits(outputs, target[numbers]).item()
+    splits, metrics = splits_of(tracks)[:seeds], metrics_of(kind, None)
+    steer = next(iter(metrics.values()))
+    runs = [dict(LINEAR, batch=FRAMES["batch"], seed=seed, train=labelled(train), valid=labelled(valid))
+            for seed, (train, valid, _) in enumerate(splits)]
+    results, chance = {}, {}
     for name, x in tqdm(rows.items(), desc="probes", unit="row"):
-        runs = []
-        for seed, (train, valid, _) in enumerate(splits):
-            train = frames_of(train)
-            runs.append(dict(configuration, seed=seed, train=train[(y[train] >= 0).numpy()], valid=frames_of(valid)))
-        heads = fit(x, every, y if kind == "chords" else target, kind, runs, score, **reading)
-        counts = []
+        heads, counts = fit(x, np.arange(len(owner)), target, kind, runs, score, every=FRAMES["every"], patience=FRAMES["patience"]), []
         for head, (_, valid, test) in zip(heads, splits):
-            if kind == "chords":
-                chosen = lambda i: head(x[starts[i]:starts[i + 1]], *within(starts, i)).argmax(dim=1)
-                labels = lambda i: y[starts[i]:starts[i + 1]]
-                counts.append(np.array([[((chosen(i) == labels(i)) & (labels(i) >= 0)).sum(), (labels(i) >= 0).sum()] for i in test]))
-            else:
-                activation = {i: head(x[starts[i]:starts[i + 1]], *within(starts, i))[:, 0].sigmoid().numpy() for i in (*valid, *test)}
-                count = lambda i, threshold: [beat_hits(beats := pick_beats(activation[i], threshold), truth[i]), len(beats), len(truth[i])]
-                threshold = max(np.arange(1, 20) / 20, key=lambda h: metrics["F"](np.array([count(i, h) for i in valid]), None))
-                counts.append(np.array([count(i, threshold) for i in test]))
-        results[name] = {metric: mean_of([function(c, c) for c in counts]) for metric, function in metrics.items()}
-        steer = next(iter(metrics))
-        results[name][steer]["interval"] = interval(metrics[steer], counts, counts, share_test(splits))
-    if kind == "chords":
-        most = [torch.bincount(y[r["train"]], minlength=25).argmax() for r in runs]
-        counts = [np.array([[(y[starts[i]:starts[i + 1]] == m).sum(), (y[starts[i]:starts[i + 1]] >= 0).sum()] for i in test])
-                  for m, (_, _, test) in zip(most, splits)]
-        chance = {metric: float(np.mean([function(c, c) for c in counts])) for metric, function in metrics.items()}
+            said = {i: head(x[frames[i]], place[i], place[i]) for i in (*valid, *test)}               # (frames of i, outputs) each
+            counts_of = lambda numbers, threshold: np.array([count(decide(said[i], threshold), i) for i in numbers])
+            counts.append(counts_of(test, max(thresholds, key=lambda h: steer(counts_of(valid, h), None))))
+        results[name] = cells_of(metrics, counts, counts, share_test(splits))
+    if kind == "chords":  # always the most frequent chord of the training frames
+        most = [torch.bincount(y[run["train"]]).argmax() for run in runs]
+        constant = [np.array([count(chord, i) for i in test]) for chord, (_, _, test) in zip(most, splits)]
+        chance = {metric: float(np.mean([function(c, c) for c in constant])) for metric, function in metrics.items()}
     return results, chance
-
-
-def within(starts, i):
-    """owner and tracks for a Head that answers for each frame of track i."""
-    numbers = np.arange(starts[i + 1] - starts[i])
-    return numbers, numbers
 
 
 # ---------------------------------------------------------------- tables
@@ -1221,31 +1214,32 @@ PUBLISHED = {  # task: [(model, footnote, {column: value})]
 
 
 def print_table(title, results, chance, task=None):
-    """Aligned table in %. results {row: {column: dict(mean, std, interval?)}}; missing cells stay empty."""
+    """Aligned table in %, with chance {column: value} and what is published on the task; missing cells stay empty."""
+    def text(cell):
+        low_high = " [{:.1f} {:.1f}]".format(*(100 * v for v in cell["interval"])) if "interval" in cell else ""
+        return f"{100 * cell['mean']:.1f} ±{100 * cell['std']:4.1f}{low_high}"
+
     columns = list(dict.fromkeys(column for row in results.values() for column in row))
-    published = [(f"{model} *{note}", note, values) for model, note, values in PUBLISHED.get(task, [])]
-    width = max(map(len, [*results, "chance", *(name for name, _, _ in published)])) + 2
-    text = {}
-    for name, row in results.items():
-        for column, cell in row.items():
-            text[name, column] = f"{100 * cell['mean']:.1f} ±{100 * cell['std']:4.1f}"
-            if "interval" in cell:
-                text[name, column] += " [{:.1f} {:.1f}]".format(*(100 * v for v in cell["interval"]))
-    wide = {c: max([len(c), 12] + [len(text.get((name, c), "")) for name in results]) + 2 for c in columns}
-    line = lambda name, cells: print(f"{name:{width}}" + "".join(f"{cells.get(c, ''):>{wide[c]}}" for c in columns))
+    lines = {"": {column: column for column in columns}}
+    lines |= {name: {column: text(cell) for column, cell in row.items()} for name, row in results.items()}
+    lines["chance"] = {column: f"{100 * value:.1f}" for column, value in chance.items()}
+    published = PUBLISHED.get(task, [])
+    lines |= {f"{model} *{note}": {column: f"{value:.1f}" for column, value in values.items()} for model, note, values in published}
+    width = max(map(len, lines)) + 2
+    wide = {column: max(12, *(len(line.get(column, "")) for line in lines.values())) + 2 for column in columns}
     print(f"\n{title}")
-    line("", {c: c for c in columns})
-    for name in results:
-        line(name, {c: text[name, c] for c in columns if (name, c) in text})
-    line("chance", {c: f"{100 * chance[c]:.1f}" for c in columns if c in chance})
-    for name, _, values in published:
-        line(name, {c: f"{v:.1f}" for c, v in values.items()})
+    for name, line in lines.items():
+        print(f"{name:{width}}" + "".join(f"{line.get(column, ''):>{wide[column]}}" for column in columns))
     for note in sorted({note for _, note, _ in published}):
         print(f"  *{note} published, not ours and another protocol: {FOOTNOTES[note]}")
 
 
-def write_json(path, title, results, chance):
-    """The table's numbers: per row and column the mean, the deviation, each seed's score and the interval."""
+def publish(source, name, title, results, chance, remarks=(), task=None):
+    """Print a table and its remarks, and write its title, rows and chance to probe-NAME.json beside `source`, the network or features judged."""
+    print_table(title, results, chance, task)
+    for remark in remarks:
+        print(remark)
+    path = Path(source).with_name(f"probe-{name}.json")
     write_atomic(path, json.dumps(dict(title=title, rows=results, chance=chance), indent=1).encode())
     print(f"written to {path}")
 
@@ -1262,27 +1256,12 @@ def print_comparison(paths):
     names = [Path(p).parent.name or Path(p).stem for p in paths]
     names = names if len(set(names)) == len(names) else list(map(str, paths))
     for column in dict.fromkeys(c for rows, _ in runs for row in rows.values() for c in row):
-        rows = dict.fromkeys(name for table, _ in runs for name, row in table.items() if column in row)
-        merged = {name: {run: {k: v for k, v in table[name][column].items() if k != "interval"} for run, (table, _) in zip(names, runs)
-                         if column in table.get(name, {})} for name in rows}
+        merged = {}
+        for run, (rows, _) in zip(names, runs):
+            for name, row in rows.items():
+                if column in row:
+                    merged.setdefault(name, {})[run] = dict(mean=row[column]["mean"], std=row[column]["std"])
         print_table(column, merged, {run: chance[column] for run, (_, chance) in zip(names, runs) if column in chance})
-
-
-def pyplot():
-    """matplotlib.pyplot, for figures, or None where it is not installed: one line says so, and the numbers are printed anyway."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no figures without matplotlib: pip install matplotlib")
-        return None
-    return plt
-
-
-def save_figure(plt, figure, path):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    print(f"figure in {path}")
 
 
 def print_confusion(outputs, truth, names, path):
@@ -1300,20 +1279,19 @@ def print_confusion(outputs, truth, names, path):
         relations = {"same": weight == 1, "fifth above": (weight == 0.5) & (up == 7), "fifth below": (weight == 0.5) & (up == 5),
                      "relative": weight == 0.3, "parallel": weight == 0.2, "other": weight == 0}
         print(", ".join(f"{name} {100 * hit.mean():.1f} %" for name, hit in relations.items()))
-    plt = pyplot()
-    if plt is None:
-        return
-    figure, axes = plt.subplots(figsize=(8, 8), layout="constrained")
-    axes.imshow(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), cmap="magma")
-    axes.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names, xlabel="estimated", ylabel="true")
-    axes.tick_params(axis="x", rotation=90)
-    save_figure(plt, figure, path)
+    if plt := pyplot():
+        figure, axes = plt.subplots(figsize=(8, 8))
+        axes.imshow(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), cmap="magma")
+        axes.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names, xlabel="estimated", ylabel="true")
+        axes.tick_params(axis="x", rotation=90)
+        save_figure(plt, figure, path)
 
 
 # ---------------------------------------------------------------- key without labels
 
+
 def pitch_fork():
-    """A clip known to be in C major, (frames, 224): the cadence C F G C on four timbres. (STONE's calibration.)"""
+    """A clip known to be in C major, (frames, 224) uint8: the cadence C F G C on four timbres. (STONE's calibration.)"""
     wave = torch.zeros(0)
     for timbre in ("organ", "strings", "pluck", "epiano"):
         for chord in ((48, 60, 64, 67), (41, 60, 65, 69), (43, 59, 62, 67), (48, 60, 64, 67)):
@@ -1322,16 +1300,13 @@ def pitch_fork():
     return audio_to_frames([wave], FrontEnd())
 
 
-EVERY_CROP = tuple(range(MAX_CROP + 1))
-
-
 def turn(keys, steps):
     """Rotate key probabilities (..., 12 or 24): index q goes to q + steps, major and minor keys alike."""
     return keys.unflatten(-1, (-1, 12)).roll(steps, dims=-1).flatten(-2)
 
 
 @torch.inference_mode()
-def key_outputs(model, tracks, device, crops=EVERY_CROP, progress=None):
+def key_outputs(model, tracks, device, crops=range(MAX_CROP + 1)):
     """Key probabilities of each track, (tracks, 12 signatures or 24 keys), not calibrated.
 
     Every window is heard at each of `crops` and the answers are turned back to one pitch: thirteen opinions, one answer.
@@ -1340,12 +1315,12 @@ def key_outputs(model, tracks, device, crops=EVERY_CROP, progress=None):
     """
     name = model.key_token()
     spans = [cut_windows(len(t)) for t in tracks]
-    owner = torch.from_numpy(np.repeat(np.arange(len(tracks)), [len(cuts) for cuts in spans]))
-    answers = torch.zeros(len(owner), model.heads[name].outputs)
-    for indices, windows in window_batches(tqdm(tracks, desc=progress, unit="track", disable=progress is None), spans):
+    owner = torch.from_numpy(np.repeat(np.arange(len(tracks)), [len(cuts) for cuts in spans]))       # (windows,)
+    answers = torch.zeros(len(owner), model.heads[name].outputs)                                     # (windows, 12 or 24) log probabilities
+    for indices, windows in window_batches(tqdm(tracks, desc="keys", unit="track", delay=2), spans):
         for crop in crops:
             with autocast(device):
-                keys = model.heads[name].keys(model(*views_of(windows, device, crop))[0][name])
+                keys = model.heads[name].keys(model(*views_of(windows, device, crop))[0][name])      # (n, 12 or 24)
             answers[indices] += turn(keys.cpu(), crop - PITCH_CROP).clamp(min=1e-4).log() / len(crops)
     return track_mean(answers, owner, len(tracks)).softmax(dim=1)
 
@@ -1355,13 +1330,18 @@ def calibrate(model, device):
     return key_outputs(model, [pitch_fork()], device)[0].view(-1, 12).sum(dim=0).argmax().item()
 
 
-def key_probabilities(model, tracks, device, progress=None):
-    """(tracks, 12 or 24) probabilities without labels, calibrated.
+def by_tonic(outputs, rotation):
+    """What key_outputs gives, (tracks, 12 or 24), calibrated and in the order of names.
 
     12: index = tonic of the major key with that signature (0 = C). 24: major keys, then minor keys, by their tonics.
     """
-    keys = turn(key_outputs(model, tracks, device, progress=progress), -calibrate(model, device))
+    keys = turn(outputs, -rotation)
     return torch.cat([keys[:, :12], keys[:, 12:].roll(9, dims=1)], dim=1)  # output 12 + q is the relative minor of q
+
+
+def key_probabilities(model, tracks, device):
+    """Probabilities of each track's key without labels, (tracks, 12 or 24), as by_tonic orders them."""
+    return by_tonic(key_outputs(model, tracks, device), calibrate(model, device))
 
 
 # How well each pitch class fits C major and C minor, as listeners rated it (Krumhansl and Kessler 1982).
@@ -1370,11 +1350,11 @@ KRUMHANSL = {"major": (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.6
 
 
 def template_keys(tracks):
-    """The classical answer: the 24 Krumhansl profiles against each track's mean chroma. (tracks,) keys 0..23."""
+    """The classical answer: the 24 Krumhansl profiles against each track's chroma (mean magnitude by pitch class). (tracks,) keys 0..23."""
     fold = (np.arange(N_BINS) + round(12 * np.log2(FMIN / 440)) + 69) % 12           # pitch class of each CQT bin
     answers = []
     for frames in tracks:
-        level = frames[:, :N_BINS].astype(np.float32) / 255
+        level = frames[:, :N_BINS].astype(np.float32) / 255                          # (frames, 96)
         magnitude = np.where(level > 0, 10 ** ((level - 1) * DYNAMIC_RANGE / 20), 0).mean(axis=0)
         chroma = np.bincount(fold, weights=magnitude, minlength=12)
         with np.errstate(invalid="ignore"):  # silence has no correlation
@@ -1388,26 +1368,27 @@ def template_keys(tracks):
 BLOCK = 64  # tracks between two files of the cache (our choice)
 
 
-def embed(model, store, device):
-    """What the network says of a whole store, window by window: (rows, owner, time).
+def embed(model, store, numbers, device):
+    """What the network says of the tracks `numbers` of a store, window by window: (rows, owner, time).
 
-    rows {class token or "sequence": (windows, dim) float32}, owner (windows,) the track of each window, time (windows,) the
-    seconds at which it starts. Every block of 64 tracks is a file of the feature cache: a killed run goes on at its block.
+    rows {class token or "sequence": (windows, dim) float32}, owner (windows,) which of `numbers` by its place, time (windows,)
+    the seconds at which it starts. Every block of 64 tracks is a file of the feature cache: a killed run goes on at its block.
     """
-    spans = [cut_windows(n) for n in store.lengths]
-    blocks = np.split(np.arange(len(spans)), range(BLOCK, len(spans), BLOCK))
+    spans = [cut_windows(n) for n in store.lengths[numbers]]
+    blocks = np.split(numbers, range(BLOCK, len(numbers), BLOCK))
     parts = [cached(model, store, block, device, [model.config["depth"]], False, None)
              for block in tqdm(blocks, desc="embedding", unit=f"{BLOCK} tracks")]
-    tokens, sequence = (torch.cat([part[name][:, 0] for part in parts]).float() for name in ("tokens", "sequence"))
+    tokens = torch.cat([part["tokens"][:, 0] for part in parts]).float()             # (windows, tokens, dim)
+    sequence = torch.cat([part["sequence"][:, 0] for part in parts]).float()         # (windows, dim)
     rows = {name: tokens[:, i] for i, name in enumerate(model.tokens[:model.class_token_count])} | {"sequence": sequence}
     time = np.array([start for cuts in spans for start, _ in cuts]) * FRAME_SECONDS
     return rows, np.repeat(np.arange(len(spans)), [len(cuts) for cuts in spans]), time
 
 
-def embed_tracks(model, store, device):
+def embed_tracks(model, store, numbers, device):
     """embed(), averaged over the windows of each track: {class token or "sequence": (tracks, dim)}."""
-    rows, owner, _ = embed(model, store, device)
-    return {name: track_mean(x, torch.from_numpy(owner), len(store.paths)) for name, x in rows.items()}
+    rows, owner, _ = embed(model, store, numbers, device)
+    return {name: track_mean(x, torch.from_numpy(owner), len(numbers)) for name, x in rows.items()}
 
 
 # ---------------------------------------------------------------- inside one song: attention, key, likeness
@@ -1423,14 +1404,14 @@ def class_attention(model, tracks, device):
     found = torch.empty(sum(map(len, spans)), len(model.blocks), first, model.config["heads"], SEGMENT)
     for indices, windows in window_batches(tracks, spans):
         inside = model(*views_of(windows, device), layers=range(len(model.blocks)))[1]  # what goes into each block
-        weights = [block.attention(inside[i])[:, :, :first, first:] for i, block in enumerate(model.blocks)]
+        weights = [block.attention(inside[i])[:, :, :first, first:] for i, block in enumerate(model.blocks)]  # (n, heads, tokens, 126) each
         found[indices] = torch.stack(weights, dim=1).transpose(2, 3).cpu()
     return found
 
 
 def onset_envelope(frames):
     """Spectral flux: how much the mel rises from the frame before, mean over its bands, in dB. (frames, 224) uint8 -> (frames,)."""
-    mel = torch.from_numpy(frames[:, N_BINS:].astype(np.float32)) * (DYNAMIC_RANGE / 255)
+    mel = torch.from_numpy(frames[:, N_BINS:].astype(np.float32)) * (DYNAMIC_RANGE / 255)             # (frames, 128) dB
     return F.pad(mel.diff(dim=0).clamp(min=0).mean(dim=1), (1, 0))
 
 
@@ -1456,7 +1437,7 @@ def shift_chance(r):
 
 
 def key_course(model, frames, device):
-    """Probabilities of the 12 key signatures in each 4 s window, (windows, 12), calibrated."""
+    """Probabilities of the 12 key signatures in each 4 s window of a song, (windows, 12), calibrated."""
     windows = [frames[start:stop] for start, stop in cut_windows(len(frames))]
     return turn(key_outputs(model, windows, device), -calibrate(model, device)).unflatten(1, (-1, 12)).sum(dim=1)
 
@@ -1471,22 +1452,35 @@ def self_similarity(x, size):
     return x @ x.T
 
 
-def clock(seconds):
-    """75.2 -> '1:15'."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def need_frames(model, command):
-    """Raises InputError for a network whose tokens are not frames, or that has no class tokens."""
-    if model.patches != [None] or model.pool != "token":
-        raise InputError(f"{command}: follows class tokens over frames; this network was trained with --patch {model.config['patch']} "
-                         f"--pool {model.pool}, give one with --patch 1 and --pool token")
-
-
 # ---------------------------------------------------------------- figures
 
 FIFTHS = [7 * i % 12 for i in range(12)]  # C G D A E B Gb Db Ab Eb Bb F: neighbours share six of seven notes
 FIFTH_NAMES = "C/a G/e D/b A/f# E/c# B/g# Gb/eb Db/bb Ab/f Eb/c Bb/g F/d".split()
+
+
+def pyplot():
+    """matplotlib.pyplot, for figures, or None where it is not installed: one line says so, and the numbers are printed anyway."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no figures without matplotlib: pip install matplotlib")
+        return None
+    plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlelocation": "left", "axes.titlesize": 10, "figure.titlesize": 10})
+    return plt
+
+
+def save_figure(plt, figure, path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(f"figure in {path}")
+
+
+def draw_image(figure, axes, image, left, right, title, label, **style):
+    """image (rows, columns), row 0 at the bottom, from `left` to `right` seconds; label: of the colour scale."""
+    drawn = axes.imshow(image, origin="lower", aspect="auto", extent=(left, right, -0.5, len(image) - 0.5), **style)
+    axes.set_title(title)
+    figure.colorbar(drawn, ax=axes, label=label, pad=0.01)
 
 
 def draw_front_end(plt, frames):
@@ -1494,57 +1488,52 @@ def draw_front_end(plt, frames):
     begin = max(0, len(frames) // 2 - 3 * SEGMENT // 2)
     part = frames[begin:begin + 3 * SEGMENT].T * (DYNAMIC_RANGE / 255) - DYNAMIC_RANGE             # (224, frames) dB
     left, right = begin * FRAME_SECONDS, (begin + part.shape[1]) * FRAME_SECONDS
-    figure, panels = plt.subplots(2, 1, figsize=(11, 8), sharex=True, layout="constrained")
-    for axes, image in zip(panels, (part[:N_BINS], part[N_BINS:])):
-        drawn = axes.imshow(image, origin="lower", aspect="auto", cmap="magma", extent=(left, right, -0.5, len(image) - 0.5))
-        figure.colorbar(drawn, ax=axes, label="level, dB", pad=0.01)
-    cqt, mel = panels
-    for crop, inset, colour in ((1, 0.1, "cyan"), (MAX_CROP - 1, 0.3, "lime")):
+    figure, (cqt, mel) = plt.subplots(2, 1, figsize=(11, 8), sharex=True)
+    shift = MAX_CROP - 2
+    draw_image(figure, cqt, part[:N_BINS], left, right,
+               f"CQT, a bin a semitone. The boxes are two views: in the green one the same music lies {shift} bins lower, so it sounds\n"
+               f"{shift} semitones lower. Look for chords as stacks of lines that keep their shape when they move.", "level, dB", cmap="magma")
+    for crop, inset, colour in ((1, 0.1, "cyan"), (1 + shift, 0.3, "lime")):
         cqt.add_patch(plt.Rectangle((left + inset, crop - 0.5), right - left - 2 * inset, CROP_BINS, fill=False, ec=colour, lw=2))
         cqt.text(left + inset + 0.1, crop + 1, f"crop {crop}", color=colour, va="bottom", weight="bold", backgroundcolor="black")
     octaves = range(round(12 * np.log2(440 / FMIN)) - 45, N_BINS, 12)                              # bins of C1, C2 ...: 45 semitones below A4
     cqt.set(yticks=octaves, yticklabels=[f"C{i + 1}" for i in range(len(octaves))], ylabel="note")
-    shift = MAX_CROP - 2
-    cqt.set_title(f"CQT, a bin a semitone. The boxes are two views: in the green one the same music lies {shift} bins lower, so it sounds\n"
-                  f"{shift} semitones lower. Look for chords as stacks of lines that keep their shape when they move.", loc="left", fontsize=10)
+    draw_image(figure, mel, part[N_BINS:], left, right,
+               "Mel spectrogram: never cropped. Look for timbre: vertical lines are attacks, clouds are drums and breath.", "level, dB", cmap="magma")
     hertz, filters = (125, 250, 500, 1000, 2000, 4000), FrontEnd().mel.filters
     centre = filters.argmax(dim=1).numpy() * SAMPLE_RATE / 2 / (filters.shape[1] - 1)              # (128,) Hz
     mel.set(yticks=np.searchsorted(centre, hertz), yticklabels=hertz, ylabel="frequency, Hz", xlabel="time, s")
-    mel.set_title("Mel spectrogram: never cropped. Look for timbre: vertical lines are attacks, clouds are drums and breath.", loc="left", fontsize=10)
     return figure
 
 
 def draw_key(plt, course):
     """Key signatures over time on the circle of fifths. course (windows, 12)."""
     seconds, best = SEGMENT * FRAME_SECONDS, course.argmax(dim=1).tolist()
-    figure, axes = plt.subplots(figsize=(11, 4.5), layout="constrained")
-    drawn = axes.imshow(course[:, FIFTHS].T.numpy(), origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1,
-                        extent=(0, len(best) * seconds, -0.5, 11.5))
+    figure, axes = plt.subplots(figsize=(11, 4.5))
+    draw_image(figure, axes, course[:, FIFTHS].T.numpy(), 0, len(best) * seconds,
+               "Key by the class token, no labels; the dot is the likeliest signature of each 4 s. Look for steps: a steady row is one\n"
+               "key, a step to the next row a modulation by a fifth; two dark rows at once are a doubt between the two.", "probability",
+               cmap="Blues", vmin=0, vmax=1)
     axes.plot((np.arange(len(best)) + 0.5) * seconds, [FIFTHS.index(k) for k in best], ".", color="crimson", ms=5)
     axes.set(yticks=range(12), yticklabels=FIFTH_NAMES, xlabel="time, s", ylabel="key signature, by fifths")
-    axes.set_title("Key by the class token, no labels; the dot is the likeliest signature of each 4 s. Look for steps: a steady row is one\n"
-                   "key, a step to the next row a modulation by a fifth; two dark rows at once are a doubt between the two.", loc="left", fontsize=10)
-    figure.colorbar(drawn, ax=axes, label="probability", pad=0.01)
     return figure
 
 
 def draw_attention(plt, names, attention, envelope, r, start):
     """attention (windows, layers, tokens, 126), envelope (windows, 126) dB, r (layers, tokens), start: s of the first window."""
     windows, layers, tokens, _ = attention.shape
-    attention, envelope = SEGMENT * attention.permute(1, 2, 0, 3).flatten(2).numpy(), envelope.flatten().numpy()  # multiples of an even share
+    attention = SEGMENT * attention.permute(1, 2, 0, 3).flatten(2).numpy()                         # (layers, tokens, frames), x an even share
+    envelope = envelope.flatten().numpy()                                                          # (frames,)
     end = start + windows * SEGMENT * FRAME_SECONDS
-    figure, panels = plt.subplots(1 + tokens, 1, figsize=(11, 2 + (0.8 + 0.3 * layers) * tokens), sharex=True, layout="constrained",
+    figure, panels = plt.subplots(1 + tokens, 1, figsize=(11, 2 + (0.8 + 0.3 * layers) * tokens), sharex=True,
                                   height_ratios=[1.2] + [0.5 + 0.3 * layers] * tokens)
     panels[0].fill_between(np.linspace(start, end, len(envelope), endpoint=False), envelope, step="post", lw=0, color="black")
-    panels[0].set(ylabel="rise, dB", ylim=(0, None))
-    panels[0].set_title("Onsets: mean rise of the mel from frame to frame (dotted: where windows meet)", loc="left", fontsize=10)
+    panels[0].set(title="Onsets: mean rise of the mel from frame to frame (dotted: where windows meet)", ylabel="rise, dB", ylim=(0, None))
     for t, axes in enumerate(panels[1:]):
-        drawn = axes.imshow(attention[:, t], origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=np.quantile(attention[:, t], 0.99),
-                            extent=(start, end, 0.5, layers + 0.5), interpolation="nearest")
-        axes.set(yticks=range(1, layers + 1), yticklabels=[f"{i + 1}  (r = {r[i, t]:.2f})" for i in range(layers)], ylabel="layer")
-        axes.set_title(f"Where the {names[t]} token looks (r: correlation with the onsets, whole song). Look for columns under the peaks.",
-                       loc="left", fontsize=10)
-        figure.colorbar(drawn, ax=axes, label="x even share", pad=0.01)
+        draw_image(figure, axes, attention[:, t], start, end,
+                   f"Where the {names[t]} token looks (r: correlation with the onsets, whole song). Look for columns under the peaks.", "x even share",
+                   cmap="viridis", vmin=0, vmax=np.quantile(attention[:, t], 0.99), interpolation="nearest")
+        axes.set(yticks=range(layers), yticklabels=[f"{i + 1}  (r = {r[i, t]:.2f})" for i in range(layers)], ylabel="layer")
     for axes in panels:
         for border in range(1, windows):
             axes.axvline(start + border * SEGMENT * FRAME_SECONDS, color="grey", ls=":", lw=1)
@@ -1554,16 +1543,14 @@ def draw_attention(plt, names, attention, envelope, r, start):
 
 def draw_similarity(plt, matrices, seconds):
     """matrices {title: (cells, cells)}, seconds of a cell."""
-    figure, panels = plt.subplots(1, len(matrices), figsize=(4 * len(matrices), 4.6), sharey=True, layout="constrained", squeeze=False)
-    for axes, (title, matrix) in zip(panels[0], matrices.items()):
+    figure, panels = plt.subplots(1, len(matrices), figsize=(4 * len(matrices), 4.6), sharey=True)
+    for axes, (title, matrix) in zip(panels, matrices.items()):
         end = len(matrix) * seconds
         drawn = axes.imshow(matrix.numpy(), origin="lower", cmap="RdBu_r", vmin=-1, vmax=1, extent=(0, end, 0, end))
-        axes.set(xlabel="time, s")
-        axes.set_title(title, fontsize=10)
-    panels[0][0].set(ylabel="time, s")
-    figure.colorbar(drawn, ax=panels[0], label="cosine, mean of the song removed", pad=0.01)
-    figure.suptitle("Which moments are alike. Look for blocks: sections; for stripes beside the diagonal: repeats, as far away as they come back.",
-                    fontsize=10)
+        axes.set(title=title, xlabel="time, s")
+    panels[0].set(ylabel="time, s")
+    figure.colorbar(drawn, ax=panels, label="cosine, mean of the song removed", pad=0.01)
+    figure.suptitle("Which moments are alike. Look for blocks: sections; for stripes beside the diagonal: repeats, as far away as they come back.")
     return figure
 
 
@@ -1579,7 +1566,7 @@ def principal(x):
 
 def draw_map(plt, rows):
     """rows [(points {name: ((tracks, 2), shares)}, labels [str] one a track, by: key, folder or instrument)], one row of panels each."""
-    figure, panels = plt.subplots(len(rows), len(rows[0][0]), figsize=(1 + 4.8 * len(rows[0][0]), 9), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(len(rows), len(rows[0][0]), figsize=(1 + 4.8 * len(rows[0][0]), 9), squeeze=False)
     for line, (points, labels, by) in zip(panels, rows):
         names = [n for n in FIFTH_NAMES if n in labels] if by == "key" else sorted(set(labels))
         colour = {n: plt.cm.hsv(FIFTH_NAMES.index(n) / 12) if by == "key" else plt.cm.tab20(i % 20) for i, n in enumerate(names)}
@@ -1588,69 +1575,38 @@ def draw_map(plt, rows):
                 mine = np.array(labels) == label
                 axes.scatter(*places.numpy()[mine].T, s=22, color=colour.get(label, "lightgrey"), label=label, edgecolor="white", lw=0.4)
             axes.set(xlabel=f"first direction ({100 * shares[0]:.0f} % of the variance)", ylabel=f"second direction ({100 * shares[1]:.0f} %)")
-            axes.set_title(f"{name}: a dot is a track, colour its {by}", loc="left", fontsize=10)
+            axes.set_title(f"{name}: a dot is a track, colour its {by}")
         axes.legend(title=by, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
-    figure.suptitle("PCA of the tracks by each token. Look for colours that keep together: what tells them apart, the token knows.", fontsize=10)
+    figure.suptitle("PCA of the tracks by each token. Look for colours that keep together: what tells them apart, the token knows.")
     return figure
 
 
 # ---------------------------------------------------------------- emergence
 
-EMERGENCE_SONGS = (64, 16, 32)  # train, valid, test: enough to compare layers in a minute (our choice)
-
-
-def synth_labelled():
-    """A part of the embedded songs with their scores as labels: (store, track numbers, tracks)."""
-    store, numbers, tracks = prepare_synth(), [], []
-    for (part, every), count in zip(SYNTH_SPLITS.items(), EMERGENCE_SONGS):
-        for i in every[:count]:
-            song = compose(i)
-            numbers.append(i)
-            tracks.append(Track(store.paths[i], None, dict(chords=song["chords"], beats=np.array(song["beats"])), part, str(i)))
-    return store, np.array(numbers), tracks
-
-
-def folder_labelled(args):
-    """Songs of 4 s and more below --data, those with .lab or .beats files where there are any, at most 112: (store, track numbers, tracks)."""
-    merged = {}
-    for kind in LOCAL:
-        for t in TASKS[kind].read(Files([args.data])):
-            if t.path:
-                merged.setdefault(t.path, t._replace(labels={}, split=None)).labels.update(t.labels)
-    if not merged:
-        print("no .lab (chords) or .beats files beside the songs: onsets alone, which need no labels")
-        merged = {path: Track(name, path, {}, None, name) for name, path in find_audio([args.data])}
-    tracks = sorted(merged.values(), key=lambda t: (hashed(t.name, 1 << 32), t.name))[:sum(EMERGENCE_SONGS)]
-    store, numbers, tracks, _ = open_tracks(args, tracks)
-    whole = np.flatnonzero(store.lengths[numbers] >= SEGMENT)
-    if len(whole) == 0:
-        raise InputError(f"{args.data}: every song is shorter than one window of 4 s; give longer recordings")
-    print(f"{len(whole)} of {len(merged)} songs")
-    return store, numbers[whole], [tracks[i] for i in whole]
-
 
 def emergence_of_labels(model, store, numbers, tracks, device):
-    """Linear probes of chords and beats on each frame's own token, layer by layer: ({row: {column: cell}}, chance)."""
+    """Linear probes of chords and beats on each frame's own token, layer by layer: (results, chance)."""
     depth, results, chance = model.config["depth"], {}, {}
-    if not any(t.labels for t in tracks):
+    if not any(kind in t.labels for t in tracks for kind in LOCAL):
         return results, chance
+    found, owner = all_rows(model, store, numbers, device, list(range(depth + 1)), per_frame=True)
     # The blocks of a fresh network add nothing, so one of its layers stands for all.
-    row_of = {f"sequence L{i}": f"layer {i}" for i in range(depth + 1)} | {f"untrained sequence L{depth}": f"untrained layer {depth}", "raw": "raw"}
-    frames, owner = all_rows(model, store, numbers, device, list(range(depth + 1)), per_frame=True)
+    rows = {f"layer {i}": found[f"sequence L{i}"] for i in range(depth + 1)}
+    rows |= {f"untrained layer {depth}": found[f"untrained sequence L{depth}"], "raw": found["raw"]}
     for kind in LOCAL:
         mine, metric = [i for i, t in enumerate(tracks) if kind in t.labels], next(iter(metrics_of(kind, None)))
         if mine:
             keep = np.isin(owner, mine)
-            rows = {row_of[name]: x[keep] for name, x in frames.items() if name in row_of}
-            found, constant = probe_local(rows, np.searchsorted(mine, owner[keep]), [tracks[i] for i in mine], kind, seeds=1)
-            for name, cells in found.items():
+            probed, constant = probe_local({name: x[keep] for name, x in rows.items()}, np.searchsorted(mine, owner[keep]),
+                                           [tracks[i] for i in mine], kind, seeds=1)
+            for name, cells in probed.items():
                 results.setdefault(name, {})[f"{kind} {metric}"] = cells[metric]
-            chance |= {f"{kind} {metric}": value for name, value in constant.items() if name == metric}
+            chance |= {f"{kind} {metric}": constant[metric]} if constant else {}
     return results, chance
 
 
 def emergence_of_onsets(model, songs, device, prefix=""):
-    """Correlation of each class token's attention with the onsets, its heads averaged: ({row: {column: cell}}, remarks).
+    """Correlation of each class token's attention with the onsets, its heads averaged: (results, remarks).
 
     Block i makes layer i, so its attention stands in that row. Songs are (frames, 224), of 4 s and more.
     """
@@ -1663,13 +1619,15 @@ def emergence_of_onsets(model, songs, device, prefix=""):
         row = results.setdefault(f"{prefix}layer {i + 1}", {})
         row[f"{model.tokens[t]} ~ onsets"] = dict(mean=true.mean().item(), std=true.std().item())
         row[f"{model.tokens[t]}, shifted"] = dict(mean=other.mean().item(), std=other.std().item(), interval=np.percentile(other, [2.5, 97.5]).tolist())
-    best = [divmod(each[:, t].abs().argmax().item(), each.shape[2]) for t in range(each.shape[1])]
-    return results, [f"{name}: the single head most tied to onsets is head {head + 1} of layer {layer + 1}, r = {each[layer, t, head]:.2f}"
-                     for t, (name, (layer, head)) in enumerate(zip(model.tokens, best))]
+    remarks = []
+    for t, name in enumerate(model.tokens):
+        layer, head = divmod(each[:, t].abs().argmax().item(), each.shape[2])
+        remarks.append(f"{name}: the single head most tied to onsets is head {head + 1} of layer {layer + 1}, r = {each[layer, t, head]:.2f}")
+    return results, remarks
 
 
 def emergence(model, store, numbers, tracks, device):
-    """What each layer knows that nobody asked for: ({row: {column: cell}}, chance, remarks)."""
+    """What each layer knows that nobody asked for: (results, chance, remarks)."""
     songs = [store.track(i) for i in numbers]
     probed, chance = emergence_of_labels(model, store, numbers, tracks, device)
     trained, remarks = emergence_of_onsets(model, songs, device)
@@ -1683,7 +1641,54 @@ def emergence(model, store, numbers, tracks, device):
     return results, chance, remarks
 
 
-# ---------------------------------------------------------------- commands
+# ---------------------------------------------------------------- what a command works on: network, tracks, features
+
+EMERGENCE_SONGS = dict(train=64, valid=16, test=32)  # enough to compare layers in a minute (our choice)
+
+
+def checkpoint_of(args):
+    """The checkpoint that a command names, or the one written last below out/. Raises InputError when there is none."""
+    if args.checkpoint:
+        return args.checkpoint
+    newest = max(Path("out").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime, default=None)
+    if newest is None:
+        raise InputError("no run in out/; train one with: python train.py, or name a file with --checkpoint")
+    print(f"checkpoint {newest}")
+    return newest
+
+
+def open_frames_model(args, checkpoint):
+    """A network whose class tokens can be followed over frames. Raises InputError for patches, or without class tokens."""
+    model = load_checkpoint(checkpoint, args.device)
+    if model.patches != [None] or model.pool != "token":
+        raise InputError(f"{args.task}: follows class tokens over frames; this network was trained with --patch {model.config['patch']} "
+                         f"--pool {model.pool}, give one with --patch 1 and --pool token")
+    return model
+
+
+def synth_tracks(**parts):
+    """The first songs of some parts of the embedded set, as train=64: (store, track numbers, tracks labelled with all that compose() says)."""
+    store, numbers, tracks = prepare_synth(), [], []
+    for part, count in parts.items():
+        for i in SYNTH_SPLITS[part][:count]:
+            song = compose(i)
+            numbers.append(i)
+            tracks.append(Track(store.paths[i], None, song | dict(beats=np.array(song["beats"])), part, str(i)))
+    return store, np.array(numbers), tracks
+
+
+def read_keys(path):
+    """{file: key 0..23, or None where it names no single one} of a CSV with the columns file,key. Raises InputError."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return {row["file"]: parse_key(row["key"] or "") for row in csv.DictReader(file)}
+    except (OSError, KeyError, TypeError, UnicodeDecodeError):
+        raise InputError(f"{path}: is not a readable CSV with the columns file,key") from None
+
+
+def below(path):
+    """A store's path without the name of the prepared folder: files in a CSV are named relative to it."""
+    return str(Path(*Path(path).parts[1:]))
 
 
 def tracks_of(args):
@@ -1705,40 +1710,59 @@ def tracks_of(args):
         problem = f"{' and '.join(map(str, roots))} not found"
     if not any(t.path for t in tracks) and not (args.features and tracks):
         raise InputError(f"{args.task}: {task.what}; {problem}\n  obtain: {task.obtain}\n  put:    {task.place} "
-                         f"below {roots[0] if len(roots) == 1 else ' and '.join(map(str, roots))}, or name the folder with --data")
+                         f"below {' and '.join(map(str, roots))}, or name the folder with --data")
     return tracks, task.targets
 
 
 def open_tracks(args, tracks):
-    """Prepare the audio of `tracks`. Returns (store, its track numbers, the tracks that are there, a line of counts)."""
-    there = [t for t in tracks if t.path]
-    where = hashlib.sha256("|".join(sorted({str(Path(t.path).resolve().parent) for t in there})).encode()).hexdigest()[:8]
-    store = prepare_files(sorted({t.name: Path(t.path) for t in there}.items()), Path("data") / f"{args.task}-{where}")
+    """Prepare the audio of `tracks`, broken files left out: (store, its track numbers, the tracks that are there)."""
+    files = {t.name: t.path for t in tracks if t.path}
+    where = hashlib.sha256("|".join(sorted({str(path.resolve().parent) for path in files.values()})).encode()).hexdigest()[:8]
+    store = prepare_files(sorted(files.items()), Path("data") / f"{args.task}-{where}")
     number = {name: i for i, name in enumerate(store.paths)}
-    kept = [t for t in there if t.name in number]
-    return store, np.array([number[t.name] for t in kept]), kept, counts_line(args, tracks, {t.name for t in kept})
+    kept = [t for t in tracks if t.path and t.name in number]
+    return store, np.array([number[t.name] for t in kept]), kept
+
+
+def folder_tracks(args):
+    """Songs of 4 s and more below --data, those with .lab or .beats files where there are any, at most 112: (store, track numbers, tracks)."""
+    merged = {}
+    for kind in LOCAL:
+        for t in TASKS[kind].read(Files([args.data])):
+            if t.path:
+                merged.setdefault(t.path, t._replace(labels={}, split=None)).labels.update(t.labels)
+    if not merged:
+        print("no .lab (chords) or .beats files beside the songs: onsets alone, which need no labels")
+        merged = {path: Track(name, path, {}, None, name) for name, path in find_audio([args.data])}
+    tracks = sorted(merged.values(), key=lambda t: (hashed(t.name, 1 << 32), t.name))[:sum(EMERGENCE_SONGS.values())]
+    store, numbers, tracks = open_tracks(args, tracks)
+    whole = np.flatnonzero(store.lengths[numbers] >= SEGMENT)
+    if len(whole) == 0:
+        raise InputError(f"{args.data}: every song is shorter than one window of 4 s; give longer recordings")
+    print(f"{len(whole)} of {len(merged)} songs")
+    return store, numbers[whole], [tracks[i] for i in whole]
 
 
 def counts_line(args, tracks, kept):
-    """'926 of 930 files (train 442 of 443, ...), missing: ...': against the official counts where there are any."""
+    """'926 of 930 files (train 442 of 443, ...), missing: ...': the names `kept`, against the official counts where there are any."""
     task = TASKS.get(args.task)
-    expected = task.expected if task else None
-    total = sum(expected) if isinstance(expected, tuple) else expected or len(tracks)
+    official = dict(zip(("train", "valid", "test"), task.expected)) if task and isinstance(task.expected, tuple) else {}
+    total = sum(official.values()) or (task and task.expected) or len(tracks)
     parts = Counter(t.split for t in tracks if t.name in kept)
-    each = [f"{name} {parts[name]} of {n}" for name, n in zip(("train", "valid", "test"), expected)] if isinstance(expected, tuple) else \
-        [f"{name} {n}" for name, n in sorted(parts.items(), key=str) if isinstance(name, str)]
+    named = sorted(part for part in parts if isinstance(part, str))  # others are folds
+    each = [f"{part} {parts[part]} of {n}" for part, n in official.items()] or [f"{part} {parts[part]}" for part in named]
     lost = [t.name for t in tracks if t.name not in kept]
-    line = f"{len(kept)} of {total} files" + (f" ({', '.join(each)})" if each else "")
-    if task and lost:
-        known = [name for name in lost if name in task.broken]
-        line += f"; known to be broken: {', '.join(known)}" if known else ""
-        lost = [name for name in lost if name not in known]
+    known = [name for name in lost if task and name in task.broken]
+    lost = [name for name in lost if name not in known]
+    said = [f"{len(kept)} of {total} files" + (f" ({', '.join(each)})" if each else "")]
+    if known:
+        said.append(f"known to be broken: {', '.join(known)}")
     if lost:
-        line += f"; missing or unreadable: {', '.join(lost[:8])}" + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
-    if expected:
+        said.append(f"missing or unreadable: {', '.join(lost[:8])}" + (f" and {len(lost) - 8} more" if len(lost) > 8 else ""))
+    if task and task.expected:
         whole = not lost and len(tracks) == total
-        line += "; complete: the benchmark's set" if whole else "; INCOMPLETE: not comparable with the benchmark"
-    return line
+        said.append("complete: the benchmark's set" if whole else "INCOMPLETE: not comparable with the benchmark")
+    return "; ".join(said)
 
 
 def open_features(path, tracks):
@@ -1750,9 +1774,9 @@ def open_features(path, tracks):
     try:
         with np.load(path) as file:
             features, names = torch.from_numpy(np.ascontiguousarray(file["features"], np.float32)), [str(n) for n in file["track"]]
-    except (OSError, ValueError, KeyError):
+    except Exception:  # np.load has no exception of its own: zip, pickle, value and end-of-file errors all mean the same
         raise InputError(f"{path}: is not an npz with the arrays features (items, dim) and track (items,)") from None
-    if features.ndim != 2 or len(features) != len(names) or not features.isfinite().all():
+    if features.ndim != 2 or not 0 < len(features) == len(names) or not features.isfinite().all():
         raise InputError(f"{path}: features {tuple(features.shape)} must be (items, dim), finite, one row for each of {len(names)} tracks")
     stem = lambda name: Path(name).stem if Path(name).suffix.lower() in AUDIO_SUFFIXES else Path(name).name
     number = {key: i for i, t in enumerate(tracks) for key in (stem(t.name), t.name)}
@@ -1764,59 +1788,72 @@ def open_features(path, tracks):
     return {"features": features[keep]}, np.searchsorted(found, owner[keep]), [tracks[i] for i in found]
 
 
+def make_features(args, checkpoint, tracks, per_frame):
+    """Features of `tracks` from their audio: (rows, owner, the tracks that are there, a line on the speed)."""
+    start = time.perf_counter()
+    model = load_checkpoint(checkpoint, args.device)
+    possible = {str(n): n for n in range(model.config["depth"] + 1)}
+    layers = list(possible.values()) if args.layers == "all" else [possible.get(n) for n in args.layers.split(",")] if args.layers else None
+    if layers and None in layers:
+        raise InputError(f"--layers {args.layers}: this network has layers 0 to {model.config['depth']}; give numbers with commas, or all")
+    store, numbers, kept = open_tracks(args, tracks)
+    rows, owner = all_rows(model, store, numbers, args.device, layers, per_frame)
+    seconds, hours = time.perf_counter() - start, store.lengths[numbers].sum() * FRAME_SECONDS / 3600
+    if args.save_features:
+        arrays = {name.replace(" ", "_"): value.float().numpy() for name, value in rows.items()}
+        best = "concat" if "concat" in arrays else next(iter(arrays))
+        write_npz(args.save_features, features=arrays[best], track=np.array([kept[i].name for i in owner]), **arrays)
+        print(f"features in {args.save_features}: {', '.join(arrays)}; `features` is {best}")
+    return rows, owner, kept, (f"{len(kept)} tracks, {hours:.2f} h of audio to features in {seconds:.0f} s: {len(kept) / seconds:.1f} tracks/s, "
+                               f"{hours / seconds * 60:.2f} h a minute (what is cached costs nothing)")
+
+
+def write_npz(path, **arrays):
+    """Named arrays as an npz: the old file or the new one, under just this name."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    write_atomic(path, file.getbuffer())
+
+
+# ---------------------------------------------------------------- commands
+
+
 def run_task(args):
     """One task from files to table."""
     tracks, targets = tracks_of(args)
     local = next((kind for kind in targets.values() if kind in LOCAL), None)
     if local and (args.features or args.grid or args.shares or args.layers or args.confusion):
         raise InputError(f"{args.task} is a local task: --features, --grid, --labels, --layers and --confusion do not apply to it")
-    start = time.perf_counter()
     if args.features:
-        rows, owner, kept = open_features(args.features, tracks)
-        counts, source, speed = counts_line(args, tracks, {t.name for t in kept}), args.features, None
+        source, speed = args.features, None
+        rows, owner, kept = open_features(source, tracks)
     else:
-        checkpoint = args.checkpoint or newest_checkpoint()
-        model = load_checkpoint(checkpoint, args.device)
-        depth = model.config["depth"]
-        possible = {str(n): n for n in range(depth + 1)}
-        layers = list(possible.values()) if args.layers == "all" else [possible.get(n) for n in args.layers.split(",")] if args.layers else None
-        if layers and None in layers:
-            raise InputError(f"--layers {args.layers}: this network has layers 0 to {depth}; give numbers with commas, or all")
-        store, numbers, kept, counts = open_tracks(args, tracks)
-        rows, owner = all_rows(model, store, numbers, args.device, layers, bool(local))
-        seconds, hours = time.perf_counter() - start, store.lengths[numbers].sum() * FRAME_SECONDS / 3600
-        source, speed = checkpoint, f"{len(kept)} tracks, {hours:.2f} h of audio to features in {seconds:.0f} s: " \
-                                    f"{len(kept) / seconds:.1f} tracks/s, {hours / seconds * 60:.2f} h a minute (what is cached costs nothing)"
-        if args.save_features:
-            arrays = {name.replace(" ", "_"): value.float().numpy() for name, value in rows.items()}
-            main_row = arrays.get("concat", next(iter(arrays.values())))
-            with open(args.save_features, "wb") as file:
-                np.savez(file, features=main_row, track=np.array([kept[i].name for i in owner]), **arrays)
-            print(f"features in {args.save_features}: {', '.join(arrays)}; `features` is {'concat' if 'concat' in arrays else next(iter(arrays))}")
+        source = checkpoint_of(args)
+        rows, owner, kept, speed = make_features(args, source, tracks, per_frame=bool(local))
     if args.rows:
         unknown = set(args.rows.split(",")) - set(rows)
         if unknown:
             raise InputError(f"--rows: no row {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
         rows = {name: rows[name] for name in args.rows.split(",")}
-    remarks = []
+    if args.confusion and (args.confusion not in rows or {"tags", "regression", "tempo"} & set(targets.values())):
+        raise InputError(f"--confusion {args.confusion}: give a row of this table, of a task with classes or keys")
+    remarks, predictions = [], {}
     if local:
         results, chance = probe_local(rows, owner, kept, local)
     else:
-        results, chance, predictions = probe_global(rows, owner, kept, targets, args.grid, args.shares, remarks.append)
+        results, chance, remarks, predictions = probe_global(rows, owner, kept, targets, args.grid, args.shares)
     splits = splits_of(kept)
-    title = (f"{args.task}: {source}\n{counts}\nprotocol {'grid' if args.grid else 'linear'}, {len(splits)} {'folds' if isinstance(kept[0].split, int) else 'seeds'}; "
+    title = (f"{args.task}: {source}\n{counts_line(args, tracks, {t.name for t in kept})}\n"
+             f"protocol {'grid' if args.grid else 'linear'}, {len(splits)} {'folds' if isinstance(kept[0].split, int) else 'seeds'}; "
              f"split of the first: {', '.join(f'{len(part)} {name}' for part, name in zip(splits[0], ('train', 'valid', 'test')))}; "
              f"{len({t.group for t in kept})} groups; in %, mean ± deviation [95 % interval over tracks]")
-    print_table(title, results, chance, args.task)
-    for remark in remarks + ([speed] if speed else []):
-        print(remark)
-    name = re.sub(r"[^\w-]+", "-", args.task if args.task in TASKS else f"{args.task}-{Path(args.data).resolve().stem}-{args.label if args.task == 'csv' else ''}").strip("-")
-    write_json(Path(source).with_name(f"probe-{name}{'-grid' if args.grid else ''}.json"), title, results, chance)
-    if args.confusion:
-        for target, kind in targets.items():
-            if (args.confusion, target) not in predictions or kind in ("tags", "regression", "tempo"):
-                raise InputError(f"--confusion {args.confusion}: give a row of this table, of a task with classes or keys")
-            print_confusion(*predictions[args.confusion, target], Path(source).with_name(f"confusion-{name}-{target}.png"))
+    name = args.task
+    if name in ("folders", "csv"):
+        name = re.sub(r"[^\w-]+", "-", f"{name}-{Path(args.data).resolve().stem}-{args.label if name == 'csv' else ''}").strip("-")
+    publish(source, f"{name}{'-grid' if args.grid else ''}", title, results, chance, remarks + ([speed] if speed else []), args.task)
+    for (row, target), prediction in predictions.items():
+        if row == args.confusion:
+            print_confusion(*prediction, Path(source).with_name(f"confusion-{name}-{target}.png"))
 
 
 def print_list():
@@ -1830,60 +1867,45 @@ def print_list():
 
 
 def synth_table(model, device):
-    """All synthetic tasks: ({row: {column: cell}}, chance)."""
-    store = prepare_synth()
-    pool = np.arange(512)                                                            # labelled tracks come from these
-    valid, test = (np.arange(len(r)) + offset for r, offset in ((SYNTH_SPLITS["valid"], 512), (SYNTH_SPLITS["test"], 640)))
-    numbers = np.array([*range(512), *SYNTH_SPLITS["valid"], *SYNTH_SPLITS["test"]])
-    songs = [compose(int(i)) for i in numbers]
+    """All tasks of the embedded songs: (results, chance)."""
+    store, numbers, tracks = synth_tracks(train=512, valid=128, test=256)
+    songs = [t.labels for t in tracks]
+    valid, test = (np.array([i for i, t in enumerate(tracks) if t.split == part]) for part in ("valid", "test"))
     rows, owner = all_rows(model, store, numbers, device)
-    first = np.searchsorted(owner, test)                                             # each test track's first and last window
-    last = np.searchsorted(owner, test, side="right") - 1
     tempo_class = lambda song: min(5, int(6 * np.log(song["tempo"] / 70) / np.log(160 / 70)))
     labels = {"key": [s["key"] for s in songs], "instrument": [s["instrument"] for s in songs], "tempo": [tempo_class(s) for s in songs]}
     results, chance = {name: {} for name in rows}, {}
-    for task, sizes in (("key", (64, 512)), ("instrument", (64, 512)), ("tempo", (512,))):
-        y = torch.tensor(labels[task])
+    for task, count in (("key", 64), ("key", 512), ("instrument", 64), ("instrument", 512), ("tempo", 512)):
+        y, column = torch.tensor(labels[task]), f"{task} @{count}"
         score = lambda outputs, numbers: accuracy(outputs.numpy(), y[numbers].numpy())
-        for count in sizes:
-            draws = [np.sort(np.random.default_rng(seed).choice(pool, count, replace=False)) for seed in range(SEEDS)]
-            runs = [dict(LINEAR, seed=seed, train=draw, valid=valid) for seed, draw in enumerate(draws)]
-            for name, x in rows.items():
-                heads = fit(x, owner, y, "class", runs, score, steps=SYNTH_STEPS)
-                results[name][f"{task} @{count}"] = mean_of([score(head(x, owner, test), test) for head in heads])
-            chance[f"{task} @{count}"] = float(torch.bincount(y[test]).max() / len(test))
+        draws = [np.sort(np.random.default_rng(seed).choice(512, count, replace=False)) for seed in range(SEEDS)]
+        runs = [dict(LINEAR, seed=seed, train=draw, valid=valid) for seed, draw in enumerate(draws)]
+        for name, x in rows.items():
+            heads = fit(x, owner, y, "class", runs, score, steps=SYNTH_STEPS)
+            results[name][column] = mean_of([score(head(x, owner, test), test) for head in heads])
+        chance[column] = float(torch.bincount(y[test]).max() / len(test))
+    first, last = np.searchsorted(owner, test), np.searchsorted(owner, test, side="right") - 1  # windows of each test track
     for name, x in rows.items():
         results[name]["retrieval"] = mean_of(retrieval(x[first], x[last]))
 
-    # Chords: one label per frame, so one prediction per frame, from a part of the songs.
-    part = np.array([*range(96), *valid[:32], *test[:64]])
-    frames, frame_owner = all_rows(model, store, numbers[part], device, per_frame=True)
-    starts = np.searchsorted(frame_owner, np.arange(len(part) + 1))
-    y = []
-    for i, song in enumerate(part):
-        begin, chord = np.array([c[0] for c in songs[song]["chords"]]), np.array([c[2] for c in songs[song]["chords"]])
-        y.append(chord[np.searchsorted(begin, np.arange(starts[i + 1] - starts[i]) * FRAME_SECONDS, side="right") - 1])
-    y, every = torch.from_numpy(np.concatenate(y)), np.arange(len(frame_owner))
-    score = lambda outputs, numbers: accuracy(outputs.numpy(), y[numbers].numpy())
-    run = dict(LINEAR, batch=FRAMES["batch"], seed=0, train=every[:starts[96]], valid=every[starts[96]:starts[128]])
-    for name, x in frames.items():
-        head = fit(x, every, y, "chords", [run], score, every=FRAMES["every"], patience=FRAMES["patience"])[0]
-        row = {"sequence": "sequence mean", "untrained sequence": "untrained sequence mean"}.get(name, name)
-        results[row]["chord"] = mean_of([score(head(x, every, every[starts[128]:]), every[starts[128]:])])
-    chance |= {"chord": float(torch.bincount(y[starts[128]:]).max() / len(y[starts[128]:])), "retrieval": 1 / 128}
+    # Chords: one answer per frame, from a part of the songs.
+    _, some, parts = synth_tracks(train=96, valid=32, test=64)
+    chords, _ = probe_local(*all_rows(model, store, some, device, per_frame=True), parts, "chords", seeds=1)
+    for name, cells in chords.items():
+        results[name.replace("sequence", "sequence mean")]["chord"] = cells["overlap (pooled)"]
+    heard = np.concatenate([frame_labels("chords", t.labels["chords"], store.lengths[i]) for i, t in zip(some, parts) if t.split == "test"])
+    chance |= {"chord": np.bincount(heard).max() / len(heard), "retrieval": 1 / 128}
 
-    # Key signature without labels.
-    truth, held_out = np.array([songs[i]["signature"] for i in test]), [store.track(i) for i in numbers[test]]
-    mode = np.array([songs[i]["key"] for i in test])
-    key_token = model.key_token()
-    if key_token:
-        for name, network in ((key_token, model), (f"untrained {key_token}", untrained(model, device))):
-            estimate = key_probabilities(network, held_out, device)
-            signature = estimate.argmax(dim=1).numpy() if estimate.shape[1] == 12 else SIGNATURES[estimate.argmax(dim=1)]
-            results[name]["key sig. 0-shot"] = mean_of([(signature == truth).mean()])
-            if estimate.shape[1] == 24:
-                results[name]["key 0-shot"] = mean_of([(estimate.argmax(dim=1).numpy() == mode).mean()])
-    results["raw"]["key sig. 0-shot"] = mean_of([(SIGNATURES[template_keys(held_out)] == truth).mean()])
+    # Keys without labels: the largest of 12 outputs is a signature, of 24 a key.
+    held_out, truth = [store.track(i) for i in numbers[test]], np.array(labels["key"])[test]
+    right = lambda estimate: mean_of([(SIGNATURES[estimate] == SIGNATURES[truth]).mean()])
+    results["raw"]["key sig. 0-shot"] = right(template_keys(held_out))
+    if token := model.key_token():
+        for prefix, network in (("", model), ("untrained ", untrained(model, device))):
+            keys, row = key_probabilities(network, held_out, device), results[prefix + token]     # (tracks, 12 or 24)
+            row["key sig. 0-shot"] = right(keys.argmax(dim=1).numpy())
+            if keys.shape[1] == 24:
+                row["key 0-shot"] = mean_of([(keys.argmax(dim=1).numpy() == truth).mean()])
     chance["key sig. 0-shot"] = 1 / 12
     return results, chance
 
@@ -1893,8 +1915,7 @@ def print_synth(checkpoint, device):
     results, chance = synth_table(load_checkpoint(checkpoint, device), device)
     title = (f"{checkpoint} on {len(SYNTH_SPLITS['test'])} held-out synthetic songs: accuracy in %, {SEEDS} probe seeds\n"
              "(@n: n labelled songs; 0-shot: no labels, raw = Krumhansl template; retrieval: the same song among 128)")
-    print_table(title, results, chance)
-    write_json(Path(checkpoint).with_name("probe-synth.json"), title, results, chance)
+    publish(checkpoint, "synth", title, results, chance)
 
 
 def name_of(probabilities):
@@ -1904,188 +1925,160 @@ def name_of(probabilities):
     return f"{KEY_NAMES[best % 12]} {'major' if best < 12 else 'minor'}{relative} ({100 * probabilities[best]:.0f} %)"
 
 
-def read_keys(path):
-    """{file: key 0..23, or None where it names no single one} of a CSV with the columns file,key. Raises InputError."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return {row["file"]: parse_key(row["key"] or "") for row in csv.DictReader(file)}
-    except (OSError, KeyError, TypeError, UnicodeDecodeError):
-        raise InputError(f"{path}: is not a readable CSV with the columns file,key") from None
+def clock(seconds):
+    """75.2 -> '1:15'."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def below(path):
-    """A store's path without the name of the prepared folder: files in a CSV are named relative to it."""
-    return str(Path(*Path(path).parts[1:]))
-
-
-def print_key(checkpoint, device, songs, labels):
-    """Key of each song, also per 15 s; with a CSV of keys, the score of the network, the untrained one and the template."""
-    model = load_checkpoint(checkpoint, device)
-    name = model.key_token()
-    if name is None:
+def print_key(args):
+    """Keys without labels: of each song, also per 15 s; or scored, with a CSV of keys."""
+    checkpoint = checkpoint_of(args)
+    model = load_checkpoint(checkpoint, args.device)
+    if model.key_token() is None:
         raise InputError(f"{checkpoint}: has no token that hears keys; train one with --tokens cpsd,ntxent or skey,ntxent")
-    if not labels:
-        front_end, piece = FrontEnd(), round(15 / FRAME_SECONDS)
-        files = [f for song in songs for f in ([Path(song)] if Path(song).is_file() else [p for _, p in find_audio([song])])]
-        rotation = calibrate(model, device)
-        for file in files:
-            try:
-                frames = audio_to_frames(read_audio(file), front_end)
-            except InputError as error:
-                print(f"skipped {error}")
-                continue
-            parts = [frames[i:i + piece] for i in range(0, max(1, len(frames) - SEGMENT), piece)]
-            keys = turn(key_outputs(model, [frames, *parts], device), -rotation)
-            keys = torch.cat([keys[:, :12], keys[:, 12:].roll(9, dims=1)], dim=1)
-            print(f"{file}: {name_of(keys[0])}")
-            for i, key in enumerate(keys[1:] if len(parts) > 2 else []):
-                print(f"    {15 * i // 60}:{15 * i % 60:02d}  {name_of(key)}")
-        return
-    store = prepare_folders(songs)
-    keys = read_keys(labels)
+    if args.keys:
+        return score_keys(args, checkpoint, model)
+    front_end, piece, rotation = FrontEnd(), round(15 / FRAME_SECONDS), calibrate(model, args.device)
+    for file in [f for song in args.songs for f in ([song] if Path(song).is_file() else [p for _, p in find_audio([song])])]:
+        try:
+            frames = audio_to_frames(read_audio(file), front_end)
+        except InputError as error:
+            print(f"skipped {error}")
+            continue
+        parts = [frames[i:i + piece] for i in range(0, max(1, len(frames) - SEGMENT), piece)]
+        keys = by_tonic(key_outputs(model, [frames, *parts], args.device), rotation)
+        print(f"{file}: {name_of(keys[0])}")
+        for i, key in enumerate(keys[1:] if len(parts) > 2 else []):
+            print(f"    {clock(15 * i)}  {name_of(key)}")
+
+
+def score_keys(args, checkpoint, model):
+    """Keys without labels against those of a CSV: the network, the untrained one and the template."""
+    store, keys = prepare_folders(args.songs), read_keys(args.keys)
     inside = {below(p): i for i, p in enumerate(store.paths)}
     found = {inside[f]: key for f, key in keys.items() if key is not None and f in inside}
     print(f"{len(found)} of {len(keys)} rows used: {sum(k is None for k in keys.values())} name no single key, "
           f"{sum(f not in inside for f in keys)} have no readable file")
     if not found:
-        raise InputError(f"{labels}: no row names a file below {' '.join(songs)}; give paths relative to that folder")
+        raise InputError(f"{args.keys}: no row names a file below {' '.join(args.songs)}; give paths relative to that folder")
     tracks, truth = [store.track(i) for i in found], np.array(list(found.values()))
+    rows = {f"{prefix}{model.key_token()}": key_probabilities(network, tracks, args.device).numpy()
+            for prefix, network in (("", model), ("untrained ", untrained(model, args.device)))}
+    rows["Krumhansl template"] = np.eye(24)[template_keys(tracks)]
+    # The largest of 12 outputs is a signature, named by its major key; what asks for the mode needs all 24.
     metrics = metrics_of("key", ALL_KEYS)
-    right = lambda estimate, truth: float((SIGNATURES[estimate] == SIGNATURES[truth]).mean())
+    by_signature = {"signature": lambda o, t: float((SIGNATURES[o.argmax(axis=1)] == SIGNATURES[t]).mean()), "KSEA": metrics["KSEA"]}
+    by_key = {name: metrics[name] for name in ("accuracy", "weighted", "weighted (both)", "mode")}
     results = {}
-    for row, estimates in ((name, lambda: key_probabilities(model, tracks, device, "keys").numpy()),
-                           (f"untrained {name}", lambda: key_probabilities(untrained(model, device), tracks, device, "untrained").numpy()),
-                           ("Krumhansl template", lambda: np.eye(24)[template_keys(tracks)])):
-        outputs = estimates()
-        estimate = outputs.argmax(axis=1)  # 12 outputs: the major key stands for its signature
-        results[row] = {"signature": mean_of([right(estimate, truth)]) | {"interval": interval(right, [estimate], [truth])},
-                        "KSEA": mean_of([metrics["KSEA"](outputs, truth)])}
+    for row, outputs in rows.items():
+        results[row] = cells_of(by_signature, [outputs], [truth], True)
         if outputs.shape[1] == 24:
-            for metric in ("accuracy", "weighted", "weighted (both)", "mode"):
-                results[row][metric] = mean_of([metrics[metric](outputs, truth)])
-                if metric == "accuracy":
-                    results[row][metric]["interval"] = interval(metrics[metric], [outputs], [truth])
+            results[row] |= cells_of(by_key, [outputs], [truth], True)
     title = (f"key without labels, {len(truth)} tracks, in % [95 % bootstrap interval]; signature: right but for the relative key; KSEA: half\n"
              "for a fifth; weighted: MIREX, ascending fifths (both: either way)")
-    chance = {"signature": 1 / 12, "KSEA": 1 / 6, "accuracy": 1 / 24, "mode": 0.5}
-    print_table(title, results, chance)
-    write_json(Path(checkpoint).with_name(f"probe-key-{Path(songs[0]).resolve().name}.json"), title, results, chance)
+    publish(checkpoint, f"key-{Path(args.songs[0]).resolve().name}", title, results, {"signature": 1 / 12, "KSEA": 1 / 6, "accuracy": 1 / 24, "mode": 0.5})
 
 
-def write_embeddings(checkpoint, device, folders, out, windows):
+def write_embeddings(args):
     """Class tokens and the sequence mean of every track below the folders, or of every 4 s window, as arrays of an npz."""
-    model, store = load_checkpoint(checkpoint, device), prepare_folders(folders)
-    start = time.perf_counter()
-    if windows:
-        rows, owner, times = embed(model, store, device)
+    model, store = load_checkpoint(checkpoint_of(args), args.device), prepare_folders(args.folders)
+    start, every, extra = time.perf_counter(), np.arange(len(store.paths)), {}
+    if args.windows:
+        rows, owner, times = embed(model, store, every, args.device)
         extra = dict(track=owner, time=times.astype(np.float32))
     else:
-        rows, extra = embed_tracks(model, store, device), {}
+        rows = embed_tracks(model, store, every, args.device)
     seconds, hours = time.perf_counter() - start, store.lengths.sum() * FRAME_SECONDS / 3600
-    file = io.BytesIO()
-    np.savez(file, paths=np.array(store.paths), **extra, **{name: x.numpy() for name, x in rows.items()})
-    write_atomic(out, file.getvalue())
-    print(f"{out}: {', '.join(f'{name} {tuple(x.shape)}' for name, x in rows.items())} of {len(store.paths)} tracks; {len(store.skipped)} files "
+    write_npz(args.out, paths=np.array(store.paths), **extra, **{name: x.numpy() for name, x in rows.items()})
+    print(f"{args.out}: {', '.join(f'{name} {tuple(x.shape)}' for name, x in rows.items())} of {len(store.paths)} tracks; {len(store.skipped)} files "
           f"skipped, {store.folder}/index.jsonl says why\n{hours:.2f} h of prepared audio in {seconds:.1f} s, {3600 * hours / seconds:.0f} x real time (what is cached costs nothing)")
 
 
-def print_show(checkpoint, device, song, out):
+def print_show(args):
     """Look inside: the key of a song, where class tokens look and which moments are alike, in some lines and four figures."""
-    model = load_checkpoint(checkpoint, device)
-    need_frames(model, "show")
-    frames, depth, figures = audio_to_frames(read_audio(song), FrontEnd()), model.config["depth"], {}
+    model = open_frames_model(args, checkpoint_of(args))
+    frames, depth = audio_to_frames(read_audio(args.song), FrontEnd()), model.config["depth"]
     if len(frames) < SEGMENT:
-        raise InputError(f"{song}: is shorter than one window of 4 s; give a longer recording")
-    plt = pyplot()
-    if plt:
-        figures["frontend"] = draw_front_end(plt, frames)
+        raise InputError(f"{args.song}: is shorter than one window of 4 s; give a longer recording")
+    plt, course = pyplot(), None
     if model.key_token():
-        course = key_course(model, frames, device)
+        course = key_course(model, frames, args.device)                                  # (windows, 12)
         best = course.argmax(dim=1).tolist()
         for i, (before, now) in enumerate(zip([None, *best], best)):
             if now != before:
                 print(f"    {clock(i * SEGMENT * FRAME_SECONDS)}  {name_of(course[i])}")
-        if plt:
-            figures["key"] = draw_key(plt, course)
 
-    weights, envelope = class_attention(model, [frames], device).mean(dim=3), onset_windows([frames])
+    weights = class_attention(model, [frames], args.device).mean(dim=3)                  # (windows, layers, tokens, 126)
+    envelope = onset_windows([frames])                                                   # (windows, 126)
     r = correlations(weights, envelope[:, None, None])[..., 0].mean(dim=0)               # (layers, tokens)
     for t, name in enumerate(model.tokens):
         print(f"{name} is most tied to onsets in layer {r[:, t].abs().argmax() + 1}; r by layer: {' '.join(f'{v:.2f}' for v in r[:, t])}")
-    if plt:
-        middle = slice(first := max(0, len(weights) // 2 - 2), first + 4)
-        figures["attention"] = draw_attention(plt, model.tokens, weights[middle], envelope[middle], r, first * SEGMENT * FRAME_SECONDS)
 
     layers = sorted({1, (1 + depth) // 2, depth})
-    sequence = extract(model, [frames], device, layers, per_frame=True)["sequence"]      # (frames, layers, dim)
+    sequence = extract(model, [frames], args.device, layers, per_frame=True)["sequence"]  # (frames, layers, dim)
     size = max(16, len(frames) // 1000)                                                  # half a second, more in recordings over 9 minutes
-    matrices = {"spectrogram": self_similarity(extract(None, [frames], device, per_frame=True)["raw"], size)}
+    matrices = {"spectrogram": self_similarity(extract(None, [frames], args.device, per_frame=True)["raw"], size)}
     matrices |= {f"layer {layer} of {depth}": self_similarity(sequence[:, i], size) for i, layer in enumerate(layers)}
     for title, matrix in matrices.items():
         lags = [matrix.diagonal(lag).mean().item() for lag in range(8, len(matrix) - 8)]  # eight cells: at least 4 s apart, 4 s long
         if lags:
             print(f"{title}: most like itself {(8 + np.argmax(lags)) * size * FRAME_SECONDS:.0f} s later (cosine {max(lags):.2f})")
-    if plt:
-        figures["similarity"] = draw_similarity(plt, matrices, size * FRAME_SECONDS)
-    folder = Path(out or f"{Path(song).stem}-figures")
+
+    if plt is None:
+        return
+    middle = slice(first := max(0, len(weights) // 2 - 2), first + 4)
+    figures = {"frontend": draw_front_end(plt, frames)} | ({} if course is None else {"key": draw_key(plt, course)})
+    figures["attention"] = draw_attention(plt, model.tokens, weights[middle], envelope[middle], r, first * SEGMENT * FRAME_SECONDS)
+    figures["similarity"] = draw_similarity(plt, matrices, size * FRAME_SECONDS)
     for name, figure in figures.items():
-        save_figure(plt, figure, folder / f"{name}.png")
+        save_figure(plt, figure, Path(args.out or f"{Path(args.song).stem}-figures") / f"{name}.png")
 
 
-def print_map(checkpoint, device, folder, keys, out):
+def print_map(args):
     """Tracks on a plane, by each class token: a folder's, trained above untrained, or the embedded songs, by key above by instrument.
 
     Without matplotlib the places are printed as a CSV.
     """
-    model = load_checkpoint(checkpoint, device)
-    if folder:
-        store = prepare_folders([folder])
+    model = load_checkpoint(checkpoint_of(args), args.device)
+    circle = lambda key: "?" if key is None else FIFTH_NAMES[FIFTHS.index(SIGNATURES[key])]
+    if args.data:
+        store = prepare_folders([args.data])
+        numbers = np.arange(len(store.paths))
         labels, by = [Path(p).parts[1] if len(Path(p).parts) > 2 else "." for p in store.paths], "folder"
-        if keys:
-            signatures, by = [read_keys(keys).get(below(p)) for p in store.paths], "key"
-            labels = ["?" if key is None else FIFTH_NAMES[FIFTHS.index(signature_of(key))] for key in signatures]
+        if args.keys:
+            keys = read_keys(args.keys)
+            labels, by = [circle(keys.get(below(p))) for p in store.paths], "key"
     else:
-        store, songs = prepare_synth(), [compose(i) for i in SYNTH_SPLITS["test"]]
-        cut = slice(SYNTH_SPLITS["test"].start, SYNTH_SPLITS["test"].stop)
-        store.paths, store.starts, store.lengths = store.paths[cut], store.starts[cut], store.lengths[cut]
-        labels, by = [FIFTH_NAMES[FIFTHS.index(song["signature"])] for song in songs], "key"
-    if len(store.paths) < 3:
-        raise InputError(f"{folder}: a map of {len(store.paths)} tracks shows nothing; give at least three")
-    places = lambda network, prefix="": {prefix + name: principal(x) for name, x in embed_tracks(network, store, device).items()
+        store, numbers, songs = synth_tracks(test=256)
+        labels, by = [circle(song.labels["key"]) for song in songs], "key"
+    if len(numbers) < 3:
+        raise InputError(f"{args.data}: a map of {len(numbers)} tracks shows nothing; give at least three")
+    places = lambda network, prefix="": {prefix + name: principal(x) for name, x in embed_tracks(network, store, numbers, args.device).items()
                                          if name in model.tokens or not model.class_token_count}
     rows = [(places(model), labels, by)]
-    rows += [(places(untrained(model, device), "untrained "), labels, by) if folder else (rows[0][0], [TIMBRES[song["instrument"]] for song in songs], "instrument")]
-    plt = pyplot()
-    if plt:
-        return save_figure(plt, draw_map(plt, rows), out)
+    if args.data:
+        rows.append((places(untrained(model, args.device), "untrained "), labels, by))
+    else:
+        rows.append((rows[0][0], [TIMBRES[song.labels["instrument"]] for song in songs], "instrument"))
+    if plt := pyplot():
+        return save_figure(plt, draw_map(plt, rows), args.out)
     points = {name: xy for row, _, _ in rows for name, (xy, _) in row.items()}
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["path", by, *(f"{name} {axis}" for name in points for axis in (1, 2))])
-    for i, path in enumerate(store.paths):
-        table.writerow([path, labels[i], *(f"{v:.3f}" for xy in points.values() for v in xy[i])])
+    for place, (i, label) in enumerate(zip(numbers, labels)):
+        table.writerow([store.paths[i], label, *(f"{v:.3f}" for xy in points.values() for v in xy[place])])
 
 
-def print_emergence(args, checkpoint):
+def print_emergence(args):
     """The table of one network by layer, printed and written beside the checkpoint."""
-    model = load_checkpoint(checkpoint, args.device)
-    need_frames(model, "emergence")
-    store, numbers, tracks = folder_labelled(args) if args.data else synth_labelled()
+    checkpoint = checkpoint_of(args)
+    model = open_frames_model(args, checkpoint)
+    store, numbers, tracks = folder_tracks(args) if args.data else synth_tracks(**EMERGENCE_SONGS)
     results, chance, remarks = emergence(model, store, numbers, tracks, args.device)
     title = (f"emergence: {checkpoint} on {len(tracks)} songs, in %; chords and beats: a linear probe on sequence tokens, one seed [95 % interval over\n"
              "test songs]; token ~ onsets: 100 r of its attention with the onset envelope, ± over windows; shifted: the same with the envelope\n"
              "moved round in each window, 100 times [where 95 % of them lie]")
-    print_table(title, results, chance)
-    print(*remarks, sep="\n")
-    write_json(Path(checkpoint).with_name(f"probe-emergence{f'-{Path(args.data).resolve().name}' if args.data else ''}.json"), title, results, chance)
-
-
-def newest_checkpoint():
-    """The checkpoint written last below out/. Raises InputError when there is none."""
-    path = max(Path("out").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime, default=None)
-    if path is None:
-        raise InputError("no run in out/; train one with: python train.py, or name a file with --checkpoint")
-    print(f"checkpoint {path}")
-    return path
+    publish(checkpoint, f"emergence-{Path(args.data).resolve().name}" if args.data else "emergence", title, results, chance, remarks)
 
 
 def shares_of(text):
@@ -2109,57 +2102,46 @@ def main():
     protocol.add_argument("--features", metavar="NPZ", help="probe these embeddings: arrays features (items, dim), track (items,)")
     protocol.add_argument("--save-features", metavar="NPZ", help="write the features of every row")
     protocol.add_argument("--confusion", metavar="ROW", help="print the confusion matrix of a row (and a figure, with matplotlib)")
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
-    tasks.add_parser("list", help="what there is")
-    tasks.add_parser("synth", parents=[network], help="the embedded synthetic songs")
+    commands = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+
+    def command(name, run, text, *parents):
+        made = commands.add_parser(name, help=text.replace("%", "%%"), parents=parents)
+        made.set_defaults(run=run)
+        return made
+
+    command("list", lambda args: print_list(), "what there is")
+    command("synth", lambda args: print_synth(checkpoint_of(args), args.device), "the embedded synthetic songs", network)
     for name, task in TASKS.items():
-        tasks.add_parser(name, parents=[protocol], help=task.what.replace("%", "%%")).add_argument("--data", help=f"folder of the data (default datasets/{task.homes[0]})")
-    folders = tasks.add_parser("folders", parents=[protocol], help="a folder with one sub-folder per class")
+        command(name, run_task, task.what, protocol).add_argument("--data", help=f"folder of the data (default datasets/{task.homes[0]})")
+    folders = command("folders", run_task, "a folder with one sub-folder per class", protocol)
     folders.add_argument("--data", required=True, help="the folder")
     folders.add_argument("--group", help="regex; files whose match is equal stay on one side of the split")
-    table = tasks.add_parser("csv", parents=[protocol], help="your own table of labels")
+    table = command("csv", run_task, "your own table of labels", protocol)
     table.add_argument("--data", required=True, help="CSV with a column `file`")
     table.add_argument("--audio", help="folder below which the files lie (default: the CSV's own)")
     table.add_argument("--label", required=True, help="column of the labels")
     table.add_argument("--kind", choices=("class", "tags", "regression", "key"), help="what the labels are (default: guessed)")
     table.add_argument("--split", help="column that says train, valid or test (default: random, 60/20/20, five times)")
     table.add_argument("--group", help="column; rows of one group stay on one side of a random split")
-    key = tasks.add_parser("key", parents=[network], help="keys without labels")
+    key = command("key", print_key, "keys without labels", network)
     key.add_argument("songs", nargs="+", help="audio files or folders")
     key.add_argument("--keys", help="CSV with columns file (path below the folder) and key ('F# minor')")
-    vectors = tasks.add_parser("embed", parents=[network], help="class tokens of every track, as an npz")
+    vectors = command("embed", write_embeddings, "class tokens of every track, as an npz", network)
     vectors.add_argument("folders", nargs="+", help="folders of audio files")
     vectors.add_argument("--out", required=True, metavar="NPZ", help="file to write: arrays paths, one per class token, sequence")
     vectors.add_argument("--windows", action="store_true", help="one row per 4 s window, with the arrays track and time")
-    show = tasks.add_parser("show", parents=[network], help="figures of one song")
+    show = command("show", print_show, "figures of one song", network)
     show.add_argument("song", help="an audio file")
     show.add_argument("--out", help="folder of the figures (default: SONG-figures)")
-    plane = tasks.add_parser("map", parents=[network], help="a folder of music on a plane")
+    plane = command("map", print_map, "a folder of music on a plane", network)
     plane.add_argument("--data", help="the folder; sub-folders are colours (default: the embedded songs)")
     plane.add_argument("--keys", help="CSV with columns file (path below the folder) and key: keys are colours")
     plane.add_argument("--out", default="map.png", metavar="PNG", help="the figure (default map.png)")
-    layers = tasks.add_parser("emergence", parents=[network], help="what each layer knows of chords, beats and onsets")
+    layers = command("emergence", print_emergence, "what each layer knows of chords, beats and onsets", network)
     layers.add_argument("--data", help="folder of songs, with .lab and .beats files for chords and beats (default: the embedded songs)")
-    tasks.add_parser("compare", help="tables side by side").add_argument("tables", nargs="+", help="JSON files that probe.py wrote")
+    command("compare", lambda args: print_comparison(args.tables), "tables side by side").add_argument("tables", nargs="+", help="JSON files that probe.py wrote")
     args = parser.parse_args()
-    if args.task == "list":
-        print_list()
-    elif args.task == "compare":
-        print_comparison(args.tables)
-    elif args.task == "synth":
-        print_synth(args.checkpoint or newest_checkpoint(), args.device)
-    elif args.task == "key":
-        print_key(args.checkpoint or newest_checkpoint(), args.device, args.songs, args.keys)
-    elif args.task == "embed":
-        write_embeddings(args.checkpoint or newest_checkpoint(), args.device, args.folders, args.out, args.windows)
-    elif args.task == "show":
-        print_show(args.checkpoint or newest_checkpoint(), args.device, args.song, args.out)
-    elif args.task == "map":
-        print_map(args.checkpoint or newest_checkpoint(), args.device, args.data, args.keys, args.out)
-    elif args.task == "emergence":
-        print_emergence(args, args.checkpoint or newest_checkpoint())
-    else:
-        run_task(args)
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -590,7 +590,7 @@ def test_the_grid_is_chosen_without_the_test_tracks_of_any_seed(monkeypatch):
     tracks = [Track(f"{i}", None, {"class": f"class{c}"}, None, f"group{i % 10}") for i, c in enumerate(y.tolist())]
     seen = []
     monkeypatch.setattr(probe, "choose", lambda x, owner, y, kind, train, valid, score: seen.append({*train, *valid}) or LINEAR)
-    probe.probe_global({"row": x}, owner, tracks, {"class": "class"}, True, [], lambda text: None)
+    probe.probe_global({"row": x}, owner, tracks, {"class": "class"}, True, [])
     for _, _, test in probe.splits_of(tracks):
         assert any(not known & set(test) for known in seen)
 
@@ -600,8 +600,7 @@ def test_probe_global_scores_every_row_metric_and_share(monkeypatch):
     x, owner, y, _, _ = problem(tracks=50, spread=0.5)
     part = {0: "test", 1: "valid"}
     tracks = [Track(f"{i}", None, {"genre": "abc"[c]}, part.get(i // 3 % 4, "train"), f"{i}") for i, c in enumerate(y.tolist())]
-    remarks = []
-    results, chance, predictions = probe.probe_global({"good": x * 5, "bad": x * 0}, owner, tracks, {"genre": "unbalanced"}, False, [0.25], remarks.append)
+    results, chance, remarks, predictions = probe.probe_global({"good": x * 5, "bad": x * 0}, owner, tracks, {"genre": "unbalanced"}, False, [0.25])
     assert list(results) == ["good", "bad"] and list(results["good"]) == ["accuracy", "class mean", "accuracy @25 %"] and remarks == ["genre: 3 classes"]
     good, bad = results["good"]["accuracy"], results["bad"]["accuracy"]
     assert len(good["scores"]) == 5 and good["mean"] > 0.9 > bad["mean"] and good["interval"][0] <= good["scores"][0] <= good["interval"][1]
@@ -760,10 +759,10 @@ def test_a_share_of_tags_or_targets_is_drawn_from_all():
 
 def test_constant_outputs_say_what_training_suggests():
     y = torch.tensor([2, 1, 1, 0, 3, 3, 3])
-    outputs = probe.constant_outputs("class", y, np.array([0, 1, 2, 3]), 5)
+    outputs = probe.constant_outputs(y, np.array([0, 1, 2, 3]), 5)
     assert outputs.shape == (5, 4) and (outputs.argmax(axis=1) == 1).all()
     y = torch.tensor([[1.0, 10], [3, 20], [90, 90]])
-    assert probe.constant_outputs("regression", y, np.array([0, 1]), 4).tolist() == [[2, 15]] * 4
+    assert probe.constant_outputs(y, np.array([0, 1]), 4).tolist() == [[2, 15]] * 4
 
 
 @pytest.mark.parametrize("kind, labels, y, names", [
@@ -804,7 +803,7 @@ def test_tables_are_written_and_compared(tmp_path, capsys):
         (tmp_path / name).mkdir()
         paths.append(tmp_path / name / "probe-gtzan.json")
         results = {"concat": {"accuracy": dict(RESULTS["concat"]["accuracy"], mean=mean)}, f"only {name}": {"F": dict(mean=mean, std=0, scores=[mean])}}
-        probe.write_json(paths[-1], "title", results, {"accuracy": 0.1})
+        probe.publish(tmp_path / name / "checkpoint.pt", "gtzan", "title", results, {"accuracy": 0.1})
         assert json.loads(paths[-1].read_text()) == dict(title="title", rows=results, chance={"accuracy": 0.1})
     capsys.readouterr()
     probe.print_comparison(paths)
@@ -941,6 +940,36 @@ def test_key_of_files_and_of_labelled_folders(song_folder, checkpoint, tmp_path,
         (tmp_path / "keys.csv").write_text(text)
         with pytest.raises(data.InputError, match="keys.csv"):
             command(monkeypatch, "key", song_folder, "--keys", tmp_path / "keys.csv", "--checkpoint", checkpoint)
+
+
+def test_table_of_the_embedded_songs_finds_what_is_planted(tmp_path, monkeypatch):
+    """Frames that show instrument and chord, and nothing else: raw features name both, and guess the key from a chord or two."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(probe, "SYNTH_SPLITS", {"train": range(0, 512), "valid": range(515, 540), "test": range(541, 581)})
+    monkeypatch.setattr(probe, "SYNTH_STEPS", 64)
+    monkeypatch.setattr(probe, "FRAMES", dict(batch=256, every=32, patience=1))
+    monkeypatch.setitem(LINEAR, "lr", 0.1)
+
+    class Planted(Songs):
+        def track(self, i):
+            score, frames = data.compose(i), np.zeros((126 + i % 9, data.COLUMNS), np.uint8)
+            frames[:, data.N_BINS + score["instrument"]] = 255
+            for frame, moment in enumerate(np.arange(len(frames)) * probe.FRAME_SECONDS):
+                frames[frame, data.N_BINS + 20 + next(c for start, end, c in score["chords"] if start <= moment < end)] = 255
+            return frames
+
+    monkeypatch.setattr(probe, "prepare_synth", lambda: Planted([126 + i % 9 for i in range(581)]))
+    net = network(("skey",), depth=1)
+    torch.save(dict(config=net.config, model=net.state_dict()), "m.pt")
+    command(monkeypatch, "synth", "--checkpoint", "m.pt")
+    table = json.loads(Path("probe-synth.json").read_text())
+    rows, chance = table["rows"], table["chance"]
+    assert list(rows) == ["skey", "sequence mean", "all tokens mean", "untrained skey", "untrained sequence mean", "untrained all tokens mean", "raw"]
+    assert rows["raw"]["instrument @512"]["mean"] > 0.95 and rows["raw"]["chord"]["mean"] > 0.9 > 0.7 > rows["raw"]["key @512"]["mean"]
+    labelled = ["key @64", "key @512", "instrument @64", "instrument @512", "tempo @512", "retrieval"]
+    assert list(rows["untrained skey"]) == labelled + ["key sig. 0-shot", "key 0-shot"] and list(rows["sequence mean"]) == labelled + ["chord"]
+    songs = [data.compose(i) for i in range(541, 581)]
+    assert chance["key @64"] == pytest.approx(max(np.bincount([s["key"] for s in songs])) / 40) and chance["retrieval"] == 1 / 128
 
 
 def test_probing_without_a_key_token_or_a_run_is_refused(song_folder, tmp_path, monkeypatch):

@@ -283,7 +283,7 @@ def test_names_of_signatures_follow_the_circle():
 def quick(monkeypatch):
     """Few songs and short fits."""
     monkeypatch.setattr(probe, "FRAMES", dict(batch=256, every=4, patience=2))
-    monkeypatch.setattr(probe, "EMERGENCE_SONGS", (4, 2, 3))
+    monkeypatch.setattr(probe, "EMERGENCE_SONGS", dict(train=4, valid=2, test=3))
     monkeypatch.setattr(probe, "SYNTH_SPLITS", {"train": range(0, 5), "valid": range(5, 8), "test": range(8, 12)})
     real = data.prepare_synth
     monkeypatch.setattr(probe, "prepare_synth", lambda: real(songs=12))
@@ -308,7 +308,7 @@ def test_emergence_of_the_embedded_songs(tmp_path, monkeypatch, capsys, quick):
 
 def test_labels_of_the_embedded_songs_are_their_scores(tmp_path, monkeypatch, quick):
     monkeypatch.chdir(tmp_path)
-    store, numbers, tracks = probe.synth_labelled()
+    store, numbers, tracks = probe.synth_tracks(**probe.EMERGENCE_SONGS)
     assert numbers.tolist() == [0, 1, 2, 3, 5, 6, 8, 9, 10] and [t.split for t in tracks] == ["train"] * 4 + ["valid"] * 2 + ["test"] * 3
     score = data.compose(8)
     chords = probe.frame_labels("chords", tracks[6].labels["chords"], store.lengths[8])
@@ -327,7 +327,7 @@ def test_emergence_finds_attention_that_follows_onsets(tmp_path, monkeypatch, qu
         return weights
 
     monkeypatch.setattr(probe, "class_attention", planted)
-    store, numbers, tracks = probe.synth_labelled()
+    store, numbers, tracks = probe.synth_tracks(**probe.EMERGENCE_SONGS)
     rows, _, remarks = probe.emergence(network(("cpsd", "ntxent")), store, numbers, tracks, "cpu")
     cell, chance = rows["layer 2"]["cpsd ~ onsets"], rows["layer 2"]["cpsd, shifted"]
     assert cell["mean"] > 0.95 and abs(rows["layer 1"]["cpsd ~ onsets"]["mean"]) < 0.5

@@ -677,6 +677,26 @@ def test_saved_features_are_found_under_the_name_given(gtzan, run):
     assert "16 of 930 files" in run("gtzan", "--data", gtzan[0], "--features", "plain")
 
 
+def test_features_are_written_whole_or_not_at_all(gtzan, run, lab, monkeypatch):
+    """A disk that is full halfway leaves the file of the run before."""
+    (lab / "kept.npz").write_bytes(b"before")
+
+    def full(file, **arrays):
+        (file if hasattr(file, "write") else open(file, "wb")).write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError):
+        run("gtzan", "--data", gtzan[0], "--save-features", "kept.npz")
+    assert (lab / "kept.npz").read_bytes() == b"before"
+
+
+def test_a_row_that_is_not_there_is_refused_before_any_fit(gtzan, run, monkeypatch):
+    monkeypatch.setattr(probe, "fit", lambda *_, **__: pytest.fail("trained a probe"))
+    with pytest.raises(data.InputError, match="--confusion best: give a row of this table"):
+        run("gtzan", "--data", gtzan[0], "--confusion", "best")
+
+
 def test_features_of_another_model_need_no_audio(run, tmp_path, monkeypatch):
     """GTZAN's labels are in probe.py: embeddings are enough, without a folder of the data set."""
     monkeypatch.chdir(tmp_path)
@@ -698,9 +718,16 @@ def test_features_of_another_model_in_an_empty_folder(run, tmp_path):
     out = run("gtzan", "--data", tmp_path / "empty", "--features", tmp_path / "theirs.npz")
     assert "30 of 930 files" in out and (tmp_path / "probe-gtzan.json").exists()
     for arrays, message in ((dict(features=np.zeros((2, 3)), track=["a", "b"]), "none of its tracks"), (dict(features=np.zeros((3, 3)), track=["a", "b"]), "one row for each"),
-                            (dict(features=np.full((1, 3), np.nan), track=["blues.00000"]), "finite"), (dict(x=np.zeros(3)), "not an npz")):
+                            (dict(features=np.full((1, 3), np.nan), track=["blues.00000"]), "finite"), (dict(x=np.zeros(3)), "not an npz"),
+                            (dict(features=np.zeros((0, 3)), track=[]), "one row for each of 0 tracks")):
         np.savez(tmp_path / "wrong.npz", **arrays)
         with pytest.raises(data.InputError, match=message):
+            run("gtzan", "--data", tmp_path / "empty", "--features", tmp_path / "wrong.npz")
+    whole = (tmp_path / "theirs.npz").read_bytes()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for torn in (b"", whole[:99], whole[:-9], (tmp_path / "array.npy").read_bytes()):
+        (tmp_path / "wrong.npz").write_bytes(torn)
+        with pytest.raises(data.InputError, match="wrong.npz: is not an npz"):
             run("gtzan", "--data", tmp_path / "empty", "--features", tmp_path / "wrong.npz")
 
 
@@ -846,7 +873,7 @@ def test_interval_of_folds_is_of_all_folds(monkeypatch):
     tracks = [probe.Track(str(i), None, {"c": "abc"[i % 3]}, i // 3, str(i)) for i in range(12)]
     x = torch.eye(3)[[i % 3 if i < 3 else (i + 1) % 3 for i in range(12)]]
     monkeypatch.setattr(probe, "fit", lambda x, owner, y, kind, runs, *_, **__: [lambda x, owner, tracks: x[tracks]] * len(runs))
-    cell = probe.probe_global({"raw": x}, np.arange(12), tracks, {"c": "class"}, False, [], print)[0]["raw"]["accuracy"]
+    cell = probe.probe_global({"raw": x}, np.arange(12), tracks, {"c": "class"}, False, [])[0]["raw"]["accuracy"]
     assert cell["scores"] == [1, 0, 0, 0] and cell["interval"][0] <= 0.25 <= cell["interval"][1]
 
 
