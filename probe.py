@@ -2039,6 +2039,8 @@ def print_map(args):
 
     Without matplotlib the places are printed as a CSV.
     """
+    if args.keys and not args.data:
+        raise InputError("--keys: names the keys of the songs in --data; give both, or neither for the embedded songs")
     model = load_checkpoint(checkpoint_of(args), args.device)
     circle = lambda key: "?" if key is None else FIFTH_NAMES[FIFTHS.index(SIGNATURES[key])]
     if args.data:

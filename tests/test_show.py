@@ -254,6 +254,11 @@ def test_map_in_numbers(excerpts, checkpoint, monkeypatch, capsys, plain):  # no
         (checkpoint.parent / "few" / name).write_bytes((excerpts / "song0" / name).read_bytes())
 
 
+def test_map_of_the_embedded_songs_has_keys_of_its_own(checkpoint, monkeypatch):  # noqa: F811
+    with pytest.raises(data.InputError, match="--keys.*--data"):
+        command(monkeypatch, "map", "--keys", "keys.csv", "--checkpoint", checkpoint)
+
+
 def test_map_of_the_embedded_songs(checkpoint, monkeypatch, capsys, plain):  # noqa: F811
     monkeypatch.setattr(probe, "SYNTH_SPLITS", {"test": range(2, 6)})
     monkeypatch.setattr(probe, "prepare_synth", lambda: data.prepare_synth(6, checkpoint.parent / "synth"))
