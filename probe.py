@@ -62,7 +62,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (AUDIO_SUFFIXES, CROP_BINS, DYNAMIC_RANGE, FMIN, HOP, MAX_CROP, N_BINS, PITCH_CROP, SAMPLE_RATE, SEGMENT, SYNTH_SPLITS,
+from data import (AUDIO_SUFFIXES, CROP_BINS, DYNAMIC_RANGE, FMIN, HOP, MAX_CROP, N_BINS, PITCH_CROP, SAMPLE_RATE, SCALES, SEGMENT, SYNTH_SPLITS,
                   TIMBRES, FrontEnd, InputError, audio_to_frames, compose, crop_views, find_audio, prepare_files,
                   prepare_folders, prepare_synth, read_audio, render_note, run_cli, write_atomic)
 from model import MT2, load_checkpoint, pick_amp
@@ -73,81 +73,83 @@ FRAME_SECONDS = HOP / SAMPLE_RATE
 
 # ---------------------------------------------------------------- labels: keys, chords
 
+# What a key and a chord are, data.py says above its songs. Both are numbers here: the tonic of a key, or the root of a chord, in
+# semitones above C (0..11), plus 12 for minor.
 KEY_NAMES = "C Db D Eb E F Gb G Ab A Bb B".split()
 ALL_KEYS = KEY_NAMES + [name.lower() for name in KEY_NAMES]  # index 0..23; minor keys in lower case
+# Tonic of the major key with the same seven notes, hence the same signature: A minor (21) -> C (0).
+SIGNATURES = np.array([*range(12), *((tonic + 3) % 12 for tonic in range(12))])
+
+
+def pitch_class(note):
+    """'Bb' -> 10: a letter A..G with any number of sharps and flats, in semitones above C, 0..11."""
+    return ("C D EF G A B".index(note[0]) + note.count("#") - note.count("b")) % 12
 
 
 def parse_key(text):
     """'F# minor', 'Bb:maj', 'a', 'd# minor<TAB>2' ... -> 0..11 major, 12..23 minor (C = 0); None when it names no single key."""
-    match = re.fullmatch(r"([A-Ga-g])([#b]*)[\s:]*((?i:maj(?:or)?|min(?:or)?)|M|m)?", text.split("\t")[0].strip())
-    if not match:
-        return None
-    letter, accidentals, mode = match.groups()
-    tonic = "C D EF G A B".index(letter.upper()) + accidentals.count("#") - accidentals.count("b")
-    minor = mode is not None and (mode == "m" or mode.lower().startswith("min"))
-    return tonic % 12 + 12 * minor
+    match = re.fullmatch(r"([A-Ga-g][#b]*)[\s:]*(?:(?i:major|maj)|M|((?i:minor|min)|m))?", text.split("\t")[0].strip())
+    return match and pitch_class(match[1].capitalize()) + 12 * (match[2] is not None)
 
 
-def signature_of(key):
-    """Key 0..23 -> tonic of the major key with the same signature: A minor (21) -> C (0)."""
-    return key if key < 12 else (key + 3) % 12
-
-
-# Chord qualities by semitones above the root, within the first octave and beyond.
-QUALITIES = {"maj": (0, 4, 7), "min": (0, 3, 7), "aug": (0, 4, 8), "dim": (0, 3, 6), "sus2": (0, 2, 7), "sus4": (0, 5, 7),
-             "7": (0, 4, 7, 10), "maj7": (0, 4, 7, 11), "min7": (0, 3, 7, 10), "minmaj7": (0, 3, 7, 11), "maj6": (0, 4, 7, 9),
-             "min6": (0, 3, 7, 9), "dim7": (0, 3, 6, 9), "hdim7": (0, 3, 6, 10), "aug7": (0, 4, 8, 10), "9": (0, 4, 7, 10, 14),
-             "maj9": (0, 4, 7, 11, 14), "min9": (0, 3, 7, 10, 14), "11": (0, 4, 7, 10, 14, 17), "maj11": (0, 4, 7, 11, 14, 17),
-             "min11": (0, 3, 7, 10, 14, 17), "13": (0, 4, 7, 10, 14, 21), "maj13": (0, 4, 7, 11, 14, 21),
-             "min13": (0, 3, 7, 10, 14, 21), "1": (0,), "5": (0, 7)}
+# Chord qualities by their notes within a fifth (7 semitones) of the root: what lies above, such as sevenths, does not decide.
+QUALITIES = {name: set(notes) for notes, names in {
+    (0, 4, 7): "maj 7 maj7 maj6 9 maj9 11 maj11 13 maj13", (0, 3, 7): "min min7 minmaj7 min6 min9 min11 min13", (0, 4): "aug aug7",
+    (0, 3, 6): "dim dim7 hdim7", (0, 2, 7): "sus2", (0, 5, 7): "sus4", (0, 7): "5", (0,): "1"}.items() for name in names.split()}
+DEGREE = r"[#b]*[1-9]\d*"
+EDIT = rf"\s*\*?{DEGREE}\s*"
+CHORD = re.compile(rf"([A-G][#b]*)(?::(?=[a-z0-9(])([a-z0-9]+)?(?:\(({EDIT}(?:,{EDIT})*)\))?)?(?:/({DEGREE}))?")  # root:quality(edits)/bass
 NO_CHORD, UNKNOWN = 24, -1
 
 
 def semitones(degree):
-    """Scale degree of the chord grammar -> semitones above the root: '5' 7, 'b7' 10, '9' 14. None when it is none."""
-    match = re.fullmatch(r"([#b]*)(\d+)", degree.strip())
-    if not match or not int(match[2]):
-        return None
-    octave, step = divmod(int(match[2]) - 1, 7)
-    return 12 * octave + (0, 2, 4, 5, 7, 9, 11)[step] + match[1].count("#") - match[1].count("b")
+    """Degree of the major scale, with sharps and flats -> semitones above the root: '5' 7, 'b7' 10, '9' 14."""
+    octave, step = divmod(int(degree.lstrip("#b")) - 1, 7)
+    return 12 * octave + SCALES["major"][step] + degree.count("#") - degree.count("b")
 
 
 def parse_chord(label):
     """'Bb:maj7/3', 'G', 'N' -> 0..11 major, 12..23 minor, 24 no chord, -1 neither (no loss, not scored).
 
-    The strict rule of mir_eval's majmin: after the edits in parentheses, and with the bass note added, the notes within a
-    fifth of the root must be exactly a major or minor triad. So C:7/b7 is C major, but D:maj/2 and Bb:maj(*3) are -1.
+    The strict rule of mir_eval's majmin: after the edits in parentheses (a * takes a degree away), and with the bass note
+    added, the notes within a fifth of the root must be exactly a major or minor triad. So C:7/b7 is C major, but D:maj/2 and
+    Bb:maj(*3) are -1.
     """
     if label == "N":
         return NO_CHORD
-    match = re.fullmatch(r"([A-G])([#b]*)(?::(?=[a-z0-9(])([a-z0-9]+)?(?:\(([^)]+)\))?)?(?:/([#b]*[1-9]\d*))?", label)
-    if not match or (match[3] and match[3] not in QUALITIES):
+    match = CHORD.fullmatch(label)
+    if not match or (match[2] or "maj") not in QUALITIES:
         return UNKNOWN
-    letter, accidentals, quality, edits, bass = match.groups()
-    root = ("C D EF G A B".index(letter) + accidentals.count("#") - accidentals.count("b")) % 12
-    notes = {0} if quality is None and edits else set(QUALITIES[quality or "maj"])
-    for degree in filter(None, map(str.strip, (edits or "").split(","))):
-        note = semitones(degree.lstrip("*"))
-        if note is None:
-            return UNKNOWN
-        notes = notes - {note} if degree.startswith("*") else notes | {note}
+    root, quality, edits, bass = match.groups(default="")
+    notes = set(QUALITIES[quality or ("1" if edits else "maj")])
+    for removed, degree in re.findall(rf"(\*?)({DEGREE})", edits):
+        notes = notes - {semitones(degree)} if removed else notes | {semitones(degree)}
     if bass:
         notes.add(semitones(bass))
-    triad = {note for note in notes if note is not None and note <= 7}
-    return root if triad == {0, 4, 7} else 12 + root if triad == {0, 3, 7} else UNKNOWN
+    triad = {note for note in notes if note <= 7}
+    return pitch_class(root) if triad == {0, 4, 7} else 12 + pitch_class(root) if triad == {0, 3, 7} else UNKNOWN
+
+
+def read_table(path, delimiter=",", errors="replace"):
+    """Rows of a CSV file with a header: [{column: cell}], blanks at the ends of both removed. Raises InputError."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors=errors) as file:
+            return [{k.strip(): (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(file, delimiter=delimiter)]
+    except (OSError, UnicodeDecodeError, csv.Error):
+        raise InputError(f"{path}: is not a readable CSV file in UTF-8") from None
 
 
 def read_intervals(path):
     """Chord intervals [(start, end, class)] of a .lab file (any white space) or a ;-separated csv with a header."""
-    text, rows = path.read_text(encoding="utf-8-sig", errors="replace"), []
     if path.suffix == ".csv":
-        for row in csv.DictReader(text.splitlines(), delimiter=";"):
-            rows.append((row.get("start", row.get("t_start")), row.get("end", row.get("t_end")), row.get("majmin", row.get("chord"))))
+        rows = [(row.get("start", row.get("t_start")), row.get("end", row.get("t_end")), row.get("majmin", row.get("chord")))
+                for row in read_table(path, ";")]
     else:
-        rows = [(fields[0], fields[1], fields[-1]) for fields in map(str.split, text.splitlines()) if len(fields) >= 3]
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        rows = [(fields[0], fields[1], fields[-1]) for fields in map(str.split, lines) if len(fields) >= 3]
     try:
-        return [(float(start), float(end), parse_chord(label.strip())) for start, end, label in rows]
-    except (TypeError, ValueError, AttributeError):
+        return [(float(start), float(end), parse_chord(label)) for start, end, label in rows]
+    except (TypeError, ValueError):
         raise InputError(f"{path}: is not a chord file; give lines of start, end and label") from None
 
 
@@ -172,34 +174,30 @@ class Files:
     """The files below some folders, found by name: data sets circulate in many layouts, their file names stay."""
 
     def __init__(self, roots):
-        self.roots, self.paths, self.by_name = [Path(r) for r in roots], [], {}
-        for root in self.roots:
+        self.roots, self.paths, self.by_name = roots, [], {}
+        for root in roots:
             for folder, folders, names in os.walk(root, followlinks=True):
                 folders.sort()
-                self.paths += [Path(folder) / name for name in sorted(names) if not name.startswith(".")]
-        for path in self.paths:
+                self.paths += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+        for path in sorted(self.paths, key=lambda path: path.suffix.lower() != ".wav"):  # a .wav is preferred to its .au
             if path.suffix.lower() in AUDIO_SUFFIXES:
                 for name in (path.stem, f"{path.parent.name}/{path.stem}"):
-                    if path.suffix.lower() == ".wav" or name.lower() not in self.by_name:  # a .wav is preferred to its .au
-                        self.by_name[name.lower()] = path
+                    self.by_name.setdefault(name.lower(), path)
 
     def audio(self, *names):
         """Path of the audio file with one of these names ("stem" or "folder/stem", any case), or None."""
         return next((self.by_name[n.lower()] for n in names if n.lower() in self.by_name), None)
 
     def matching(self, pattern):
-        """Paths whose text below a root matches the regex, sorted."""
+        """Paths that the regex finds, a / before the first folder, in sorted order."""
         return [p for p in self.paths if re.search(pattern, "/" + p.as_posix())]
 
     def rows(self, *names, delimiter=","):
         """Rows of the first table found under one of these file names. Raises InputError with the names tried."""
-        for name in names:
-            for path in self.paths:
-                if path.name == name:
-                    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-                        return [{(k or "").strip(): (v or "").strip() for k, v in row.items() if not isinstance(v, list)}
-                                for row in csv.DictReader(file, delimiter=delimiter)]
-        raise InputError(f"no {' or '.join(names)} below {' or '.join(map(str, self.roots))}")
+        path = next((p for name in names for p in self.paths if p.name == name), None)
+        if path is None:
+            raise InputError(f"no {' or '.join(names)} below {' or '.join(map(str, self.roots))}")
+        return read_table(path, delimiter)
 
 
 def hashed(text, modulus):
@@ -220,9 +218,9 @@ GTZAN_SPLIT = {
     "reggae":    "ttt.t.t..t.tt.ttttttttttttttttttt.eeeeeee.tttteeettteetttttttvvteeeeetvev.v.vvve..eeev.eeee.vvvvvvvv",
     "rock":      "tttttttttteeeeeettttttttttteeeeeeeeeeeveeeeeeeeeevvvvvvvvttttttttttttttvvvvvvvvvvvvvvveeeeettttttttt",
 }
-SPLIT_LETTERS = {"t": "train", "v": "valid", "e": "test"}
-GTZAN_PART = {f"{genre}.{i:05d}": SPLIT_LETTERS[letter] for genre, letters in GTZAN_SPLIT.items()
-              for i, letter in enumerate(letters) if letter in SPLIT_LETTERS}
+GTZAN_PART = {f"{genre}.{i:05d}": {"t": "train", "v": "valid", "e": "test"}[letter] for genre, letters in GTZAN_SPLIT.items()
+              for i, letter in enumerate(letters) if letter != "."}
+PARTS = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid", "eval": "test", "evaluation": "test"}  # other names
 
 
 def gtzan_audio(files, name):
@@ -274,8 +272,8 @@ def read_fmak(files):
     artist = {}
     for path in files.matching(r"/tracks\.csv$"):  # FMA's metadata, three lines of header
         with open(path, newline="", encoding="utf-8") as file:
-            rows = csv.reader(file)
-            column = list(zip(next(rows), next(rows))).index(("artist", "id"))
+            above, below, *rows = csv.reader(file)
+            column = list(zip(above, below)).index(("artist", "id"))
             artist = {row[0]: row[column] for row in rows if len(row) > column}
     for row in files.rows("fmakv2.csv", "fma_keys_metadata.csv"):
         group = artist.get(row["track_id"], f"track {row['track_id']}")
@@ -318,8 +316,7 @@ def read_medleysolos(files):
     """Medley-solos-DB_test-0_UUID.wav; the subset and the song are columns of Medley-solos-DB_metadata.csv."""
     for row in files.rows("Medley-solos-DB_metadata.csv"):
         name = f"Medley-solos-DB_{row['subset']}-{row['instrument_id']}_{row['uuid4']}"
-        part = {"training": "train", "validation": "valid"}.get(row["subset"], row["subset"])
-        yield Track(name, files.audio(name), {"instrument": row["instrument"]}, part, row["song_id"])
+        yield Track(name, files.audio(name), {"instrument": row["instrument"]}, PARTS.get(row["subset"], row["subset"]), row["song_id"])
 
 
 def read_nsynth(files):
@@ -416,63 +413,62 @@ TASKS = {
 }
 
 
-def group_of(path, pattern):
-    """The part of a file name that --group matches; the file's own path without the flag. Raises InputError."""
-    if not pattern:
-        return str(path)
-    match = re.search(pattern, path.name)
-    if not match:
-        raise InputError(f"--group {pattern!r} does not match {path.name}; the regex must match every file name")
-    return match.group()
-
-
 def read_folders(folder, pattern):
-    """One class per sub-folder. Raises InputError when there are not two."""
-    files = [(Path(name).parts, path) for name, path in find_audio([folder]) if len(Path(name).parts) > 2]
-    classes = {parts[1] for parts, _ in files}
+    """One class per sub-folder, grouped by what the regex `pattern` (or None) finds in a file's name. Raises InputError.
+
+    Returns (tracks, {target: kind}).
+    """
+    files = [(Path(name).parts[1:], path) for name, path in find_audio([folder]) if len(Path(name).parts) > 2]
+    classes = {parts[0] for parts, _ in files}
     if len(classes) < 2:
         raise InputError(f"{folder}: holds {len(classes)} sub-folder(s) with audio; a class is a sub-folder, give at least two")
-    return [Track("/".join(parts[1:]), path, {"class": parts[1]}, None, group_of(path, pattern)) for parts, path in files], {"class": "class"}
+    tracks = []
+    for parts, path in files:
+        try:
+            group = re.search(pattern, path.name).group() if pattern else str(path)
+        except (re.error, AttributeError):  # not a regex; no match
+            raise InputError(f"--group {pattern!r} does not match {path.name}; give a regex that matches every file name") from None
+        tracks.append(Track("/".join(parts), path, {"class": parts[0]}, None, group))
+    return tracks, {"class": "class"}
+
+
+def is_number(text):
+    """Whether a text is a finite number."""
+    try:
+        return bool(np.isfinite(float(text)))
+    except ValueError:
+        return False
 
 
 def read_csv(args):
-    """Your own table: a column `file` (path below --audio) and a column of labels. Returns (tracks, {label: kind}).
+    """Your own table: a column `file` (path below --audio) and a column of labels. Returns (tracks, {target: kind}).
 
     The kind follows from the column unless --kind says it: named key -> keys; every value a number -> regression; a "|"
     anywhere -> tags; else classes. Rows without a label, or whose key names no single key, are counted and left out.
+    Raises InputError.
     """
-    audio = Path(args.audio or Path(args.data).parent)
-    try:
-        with open(args.data, newline="", encoding="utf-8-sig") as file:
-            rows = [{k: (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(file)]
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"{args.data}: is not a readable CSV file") from None
-    columns = ["file", *filter(None, (args.label, args.split, args.group))]
-    for column in columns:
+    audio, rows = Path(args.audio or Path(args.data).parent), read_table(args.data, errors="strict")
+    for column in filter(None, ("file", args.label, args.split, args.group)):
         if not rows or column not in rows[0]:
             raise InputError(f"{args.data}: has no column {column!r}; it has {', '.join(rows[0]) if rows else 'no rows'}")
     values = [row[args.label] for row in rows if row[args.label]]
-    number = re.compile(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?")
-    kind = args.kind or ("key" if args.label == "key" else "regression" if values and all(map(number.fullmatch, values))
-                         else "tags" if any("|" in v for v in values) else "class")
-    parse = {"key": parse_key, "regression": lambda v: (float(v),), "tags": lambda v: [t.strip() for t in v.split("|") if t.strip()]}.get(kind, str)
-    parts = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid", "eval": "test", "evaluation": "test"}
+    words = [value for value in values if not is_number(value)]
+    kind = args.kind or ("key" if args.label == "key" else "regression" if values and not words
+                         else "tags" if any("|" in value for value in values) else "class")
+    if kind == "regression" and words:
+        raise InputError(f"{args.data}: {words[0]!r} in {args.label} is not a number; use --kind class")
+    parse = {"key": parse_key, "regression": lambda value: (float(value),), "class": str,
+             "tags": lambda value: [tag.strip() for tag in value.split("|") if tag.strip()]}[kind]
     tracks = {}
     for row in rows:
-        try:
-            label = parse(row[args.label]) if row[args.label] else None
-            if kind == "regression" and label and not np.isfinite(label[0]):
-                raise ValueError
-        except ValueError:
-            raise InputError(f"{args.data}: {row[args.label]!r} in {args.label} is not a number; use --kind class") from None
-        part = parts.get(row[args.split].lower(), row[args.split].lower()) if args.split else None
+        part = row[args.split].lower() if args.split else None
+        part = PARTS.get(part, part)
         if part not in (None, "train", "valid", "test"):
             raise InputError(f"{args.data}: {row[args.split]!r} in {args.split} is none of train, valid, test")
-        path = audio / row["file"]
+        label = parse(row[args.label]) if row[args.label] else None
         if label is not None:
-            name = os.path.normpath(row["file"])
-            tracks[name] = Track(name, path if path.is_file() else None, {args.label: label}, part,
-                                 row[args.group] if args.group else name)
+            name, path = os.path.normpath(row["file"]), audio / row["file"]
+            tracks[name] = Track(name, path if path.is_file() else None, {args.label: label}, part, row[args.group] if args.group else name)
     print(f"{args.label}: {kind}; {len(tracks)} of {len(rows)} rows have a label")
     if not tracks:
         raise InputError(f"{args.data}: no row has a usable {args.label}")
@@ -850,7 +846,6 @@ def key_scores(both_ways):
 
 
 KEY_UP, KEY_BOTH = key_scores(False), key_scores(True)
-SIGNATURES = np.array([signature_of(key) for key in range(24)])
 
 
 def signature_score(estimate, truth):
@@ -2043,7 +2038,7 @@ def print_map(checkpoint, device, folder, keys, out):
         labels, by = [Path(p).parts[1] if len(Path(p).parts) > 2 else "." for p in store.paths], "folder"
         if keys:
             signatures, by = [read_keys(keys).get(below(p)) for p in store.paths], "key"
-            labels = ["?" if key is None else FIFTH_NAMES[FIFTHS.index(signature_of(key))] for key in signatures]
+            labels = ["?" if key is None else FIFTH_NAMES[FIFTHS.index(SIGNATURES[key])] for key in signatures]
     else:
         store, songs = prepare_synth(), [compose(i) for i in SYNTH_SPLITS["test"]]
         cut = slice(SYNTH_SPLITS["test"].start, SYNTH_SPLITS["test"].stop)
