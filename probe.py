@@ -494,17 +494,14 @@ def window_batches(tracks, spans, size=128):
     tracks: iterable of (frames, 224) uint8; spans: per track what cut_windows gave. Nothing is padded: the short rest of
     a track waits for others as short as itself. indices counts windows in the order of tracks.
     """
-    waiting, number = {}, 0
-    for frames, cuts in zip(tracks, spans):
-        for start, stop in cuts:
-            bucket = waiting.setdefault(stop - start, [])
-            bucket.append((number, frames[start:stop]))
-            number += 1
-            if len(bucket) == size:
-                yield [i for i, _ in bucket], torch.from_numpy(np.stack([w for _, w in bucket]))
-                bucket.clear()
-    for bucket in filter(None, waiting.values()):
-        yield [i for i, _ in bucket], torch.from_numpy(np.stack([w for _, w in bucket]))
+    batch = lambda bucket: ([i for i, _ in bucket], torch.from_numpy(np.stack([window for _, window in bucket])))
+    waiting = {}                                                                      # {length: [(index, window)]}
+    for i, window in enumerate(frames[start:stop] for frames, cuts in zip(tracks, spans) for start, stop in cuts):
+        bucket = waiting.setdefault(len(window), [])
+        bucket.append((i, window))
+        if len(bucket) == size:
+            yield batch(waiting.pop(len(window)))
+    yield from map(batch, waiting.values())
 
 
 def views_of(windows, device, crop=PITCH_CROP):
@@ -533,30 +530,30 @@ def extract(model, tracks, device, layers=None, per_frame=False, progress=None):
         a network       "tokens" (windows, layers, tokens, dim) and "sequence" (windows, layers, dim), the mean over frames
         None            "raw" (windows, 424): mean and deviation over time of the spectrograms
         per_frame       "sequence" (frames, layers, dim), or "raw" (frames, 212); all frames, the rests of tracks too
+    Of several patch sizes the answers stand side by side in dim.
     """
     spans = [cut_windows(len(t), per_frame) for t in tracks]
-    sizes = np.array([stop - start for cuts in spans for start, stop in cuts])
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    layers = [model.config["depth"]] if model is not None and layers is None else layers
-    arrays, n = {}, 0 if model is None else model.class_token_count
+    counts = np.array([stop - start if per_frame else 1 for cuts in spans for start, stop in cuts])   # rows that each window fills
+    begin, arrays = np.cumsum(counts) - counts, {}
     for indices, windows in window_batches(tqdm(tracks, desc=progress, unit="track", disable=progress is None), spans):
-        cqt, mel = views_of(windows, device)
+        cqt, mel = views_of(windows, device)                                          # (n, frames, 84), (n, frames, 128)
         if model is None:
-            both = torch.cat([cqt, mel], dim=-1)                                     # (n, frames, 212)
-            found = {"raw": both if per_frame else torch.cat([both.mean(dim=1), both.std(dim=1, unbiased=False)], dim=-1)}
+            both = torch.cat([cqt, mel], dim=-1)                                      # (n, frames, 212)
+            found = {"raw": both if per_frame else torch.cat([both.mean(dim=1), both.std(dim=1, unbiased=False)], dim=-1)[:, None]}
         else:
+            layers, first = layers or [model.config["depth"]], model.class_token_count
             with autocast(device):
                 inside = [model(cqt, mel, layers=layers, patch=patch)[1] for patch in range(len(model.patches))]
             every = [torch.stack([x[layer].float() for layer in layers], dim=1) for x in inside]  # (n, layers, tokens + frames, dim) each
             if per_frame:
-                found = {"sequence": every[0][:, :, n:].transpose(1, 2)}
-            else:  # several patch sizes side by side
-                found = {"tokens": torch.cat([x[:, :, :n] for x in every], dim=-1), "sequence": torch.cat([x[:, :, n:].mean(dim=2) for x in every], dim=-1)}
-        rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in indices]) if per_frame else indices
-        for name, value in found.items():
-            value = value.flatten(0, 1) if per_frame else value
+                found = {"sequence": every[0][:, :, first:].transpose(1, 2)}              # (n, frames, layers, dim)
+            else:
+                found = {"tokens": torch.cat([x[:, :, :first] for x in every], dim=-1)[:, None],
+                         "sequence": torch.cat([x[:, :, first:].mean(dim=2) for x in every], dim=-1)[:, None]}
+        rows = begin[indices][:, None] + np.arange(counts[indices[0]])                # (n, frames or 1)
+        for name, value in found.items():                                             # (n, frames or 1, ...)
             if name not in arrays:
-                arrays[name] = torch.empty((starts[-1] if per_frame else len(sizes), *value.shape[1:]), dtype=torch.float16)
+                arrays[name] = torch.empty((counts.sum(), *value.shape[2:]), dtype=torch.float16)
             arrays[name][rows] = value.cpu().half()
     return arrays
 
@@ -581,26 +578,25 @@ def cached(model, store, numbers, device, layers, per_frame, progress):
 def readouts(arrays, names, counts, layers=(None,)):
     """{row: (windows, dim)} of one network. arrays from extract(); counts (windows,) frames each; names of the class tokens.
 
-    With several layers a row says which: "concat L4".
+    With several layers a row says which: "concat L4". Without class tokens (pool "mean") the sequence mean is the only row.
     """
     if "raw" in arrays:
-        return {"raw": arrays["raw"]}
-    if "tokens" not in arrays:
-        rows = [{"sequence": arrays["sequence"][:, i]} for i in range(len(layers))]
-    else:
-        rows = []
-        for i in range(len(layers)):
+        return arrays
+    found = {}
+    for i, layer in enumerate(layers):
+        if "tokens" not in arrays:
+            rows = {"sequence": arrays["sequence"][:, i]}                             # (frames, dim)
+        else:
             tokens, sequence = arrays["tokens"][:, i].float(), arrays["sequence"][:, i].float()  # (windows, tokens, dim), (windows, dim)
-            row = {name: tokens[:, t] for t, name in enumerate(names)} if tokens.shape[1] else {}
-            if len(row) > 1:
-                row |= {"average": tokens.mean(dim=1), "concat": tokens.flatten(1)}
-            row["sequence mean"] = sequence
+            rows = dict(zip(names, tokens.unbind(dim=1)))
+            if len(rows) > 1:
+                rows |= {"average": tokens.mean(dim=1), "concat": tokens.flatten(1)}
+            rows["sequence mean"] = sequence
             if tokens.shape[1]:
-                frames = torch.as_tensor(counts)[:, None]
-                row["all tokens mean"] = (tokens.sum(dim=1) + frames * sequence) / (len(names) + frames)
-            rows.append({name: value.half() for name, value in row.items()})
-    label = lambda name, layer: name if len(layers) == 1 else f"{name} L{layer}"
-    return {label(name, layer): value for layer, row in zip(layers, rows) for name, value in row.items()}
+                frames = torch.as_tensor(counts)[:, None]                             # (windows, 1)
+                rows["all tokens mean"] = (tokens.sum(dim=1) + frames * sequence) / (len(names) + frames)
+        found |= {name if len(layers) == 1 else f"{name} L{layer}": value.half() for name, value in rows.items()}
+    return found
 
 
 def all_rows(model, store, numbers, device, layers=None, per_frame=False):
@@ -623,19 +619,20 @@ def all_rows(model, store, numbers, device, layers=None, per_frame=False):
 
 # Provenance: rate, batch and 50 x 128 steps: CoJEPA. Standardised, no dropout, no L2: our choice.
 LINEAR = dict(hidden=0, batch=128, lr=1e-3, dropout=0.0, l2=0.0, standardize=True)
-STEPS, EVERY, PATIENCE = 50 * 128, 32, 20
+STEPS, EVERY, PATIENCE = 50 * 128, 32, 20  # at most; validation is read every 32; 20 readings without a better score end a fit
 FRAMES = dict(batch=2048, every=128, patience=5)  # local tasks: frames a step, and how often validation is read (our choice)
 GRID = [dict(standardize=s, hidden=h, batch=b, lr=r, dropout=d, l2=w) for s, h, b, r, d, w in
         product((False, True), (0, 512), (64, 256), (1e-5, 1e-4, 1e-3), (0.25, 0.5, 0.75), (0.0, 1e-4, 1e-3))]
-SYNTH_STEPS = 640  # every training run ends with this table: 65 fits in half a minute (our choice)
 GRID_FIT = dict(steps=1024, every=8, patience=32, halve=(64, 128, 256, 512))
+SYNTH_STEPS = 640  # every training run ends with this table: 65 fits in half a minute (our choice)
 
 
-class Head:
-    """A trained probe. head(x, owner, tracks) -> (tracks, outputs): the mean of the outputs of each track's items."""
+class Head(namedtuple("Head", "mean scale weights offset gain score")):
+    """A trained probe. head(x, owner, tracks) -> (tracks, outputs): the mean of the outputs of each track's items.
 
-    def __init__(self, mean, scale, weights, offset, gain, score):
-        self.mean, self.scale, self.weights, self.offset, self.gain, self.score = mean, scale, weights, offset, gain, score
+    mean, scale (dim,) standardise the input; weights: see forward; offset, gain (outputs,) give the units of the targets
+    back; score: the best on validation.
+    """
 
     def __call__(self, x, owner, tracks):
         return self.outputs(*track_items(x, owner, tracks, self.mean, self.scale, linear=len(self.weights) == 2))
@@ -643,21 +640,20 @@ class Head:
     @torch.no_grad()
     def outputs(self, inputs, place, count):
         """inputs (items, dim) standardised, place (items,) which of `count` tracks they belong to -> (count, outputs)."""
-        with autocast("cpu") if len(self.weights) == 4 else torch.no_grad():
-            values = forward([w[None] for w in self.weights], inputs[None])[0].float()  # (items, outputs)
+        values = forward([w[None] for w in self.weights], inputs[None])[0]           # (items, outputs)
         return track_mean(values, place, count) * self.gain + self.offset
 
 
 def track_mean(values, place, count):
     """(items, n) -> (count, n), the mean over the items of each track."""
-    if len(place) == count and torch.equal(place, torch.arange(count)):
+    if torch.equal(place, torch.arange(count)):
         return values
     total = torch.zeros(count, values.shape[1]).index_add_(0, place, values)
     return total / torch.bincount(place, minlength=count)[:, None]
 
 
 def track_items(x, owner, tracks, mean, scale, linear):
-    """The standardised items of `tracks`, in their order: (inputs, place, count).
+    """The standardised items of `tracks`, in their order: (inputs (items, dim), place (items,), count), as Head.outputs takes them.
 
     A linear layer commutes with the mean, so for one the items of a track are averaged first, which saves time.
     """
@@ -671,11 +667,17 @@ def track_items(x, owner, tracks, mean, scale, linear):
 
 
 def forward(weights, x, hidden_keep=None):
-    """weights of a stack of probes, x (stack, items, dim) -> (stack, items, outputs). Two tensors: linear; four: one hidden layer."""
-    if len(weights) == 4:
-        x = torch.relu(torch.baddbmm(weights[1], x, weights[0]))
+    """Outputs of a stack of probes, float32: x (stack, items, dim) -> (stack, items, outputs).
+
+    weights: matrix (stack, dim, outputs) and bias (stack, 1, outputs) of a linear layer, or two of each with ReLU units
+    between them; hidden_keep (stack, items, hidden): their dropout.
+    """
+    if len(weights) == 2:
+        return torch.baddbmm(weights[1], x, weights[0])
+    with autocast("cpu"):
+        x = torch.relu(torch.baddbmm(weights[1], x, weights[0]))                     # (stack, items, hidden)
         x = x * hidden_keep if hidden_keep is not None else x
-    return torch.baddbmm(weights[-1], x, weights[-2])
+        return torch.baddbmm(weights[3], x, weights[2]).float()
 
 
 def item_loss(kind, outputs, target):
@@ -687,14 +689,25 @@ def item_loss(kind, outputs, target):
     return F.cross_entropy(outputs.flatten(0, 1), target.flatten(), reduction="none").view(target.shape).mean(dim=1)
 
 
+@torch.no_grad()
+def adam_step(step, lr, l2, weight, gradient, m, v):
+    """Adam, in place, for a stack of tensors (n, ...) whose rates and L2 differ: lr, l2 (n, 1, 1). m, v: the two moments."""
+    gradient = gradient.addcmul(weight, l2)
+    m.lerp_(gradient, 0.1)
+    v.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+    unbias = (1 - 0.999 ** (step + 1)) ** 0.5
+    weight.addcmul_(m / v.sqrt().div_(unbias).add_(1e-8), -lr / (1 - 0.9 ** (step + 1)))
+
+
 def fit(x, owner, y, kind, runs, score, steps=STEPS, every=EVERY, patience=PATIENCE, halve=()):
     """Train many probes as one batched problem. Returns a Head per run, none of which has seen a test track.
 
     x (items, dim), owner (items,) the track of each; y per track: (tracks,) int64 classes, -1 = no label, or (tracks, n)
-    float; runs: dictionaries of LINEAR's keys, `seed`, and the track numbers `train` and `valid`; score(outputs, tracks) of
-    the validation tracks, higher is better. Runs of equal `hidden` and `batch` are stacked and trained by one bmm.
-    Random numbers depend on a run's seed alone, so whoever shares the stack changes nothing: the same weights, items and
-    dropout noise for all configurations of a seed, which also makes their comparison fairer.
+    float; runs: dictionaries of LINEAR's keys, `seed`, and the track numbers `train` and `valid` (arrays); score(outputs,
+    tracks) of the validation tracks, higher is better; at the steps `halve` the worse half of the runs leaves. Runs of
+    equal `hidden` and `batch` are stacked and trained by one bmm. Random numbers depend on a run's seed alone, so whoever
+    shares the stack changes nothing: the same weights, items and dropout noise for all configurations of a seed, which
+    also makes their comparison fairer.
     """
     heads, stacks = [None] * len(runs), {}
     for i, run in enumerate(runs):
@@ -711,32 +724,32 @@ def fit_stack(x, owner, y, kind, runs, score, steps, every, patience, halve):
     outputs = y.shape[1] if y.ndim == 2 else int(y.max()) + 1
     column = lambda name: torch.tensor([float(run[name]) for run in runs])[:, None, None]         # (runs, 1, 1)
     lr, l2, dropout = column("lr"), column("l2"), column("dropout")
-    # What a run learns from: its items, their mean and deviation, its targets' scale.
-    known, prepared = {}, []
-    for run in runs:
-        tracks = np.asarray(run["train"])
-        if tracks.tobytes() not in known:
-            labelled = tracks if y.ndim == 2 else tracks[(y[tracks] >= 0).numpy()]
-            mine = np.flatnonzero(np.isin(owner, labelled))
-            picked = x[mine].float()
-            known[tracks.tobytes()] = (len(known), mine, picked.mean(dim=0), picked.std(dim=0) + 1e-6)
-        prepared.append(known[tracks.tobytes()])
-    which = torch.tensor([p[0] for p in prepared])
-    sets = [torch.from_numpy(mine) for _, mine, _, _ in known.values()]
+    dropping = bool(dropout.any())
+
+    # What the runs learn from: the items of their training tracks that have a label. Equal tracks make one set.
+    names = [run["train"].tobytes() for run in runs]
+    different = dict(zip(names, (run["train"] for run in runs)))
+    labelled = [tracks if y.ndim == 2 else tracks[(y[tracks] >= 0).numpy()] for tracks in different.values()]
+    sets = [torch.from_numpy(np.flatnonzero(np.isin(owner, tracks))) for tracks in labelled]      # item numbers
     sizes = torch.tensor([len(s) for s in sets])
     items = torch.nn.utils.rnn.pad_sequence(sets, batch_first=True)                               # (sets, most items)
-    flat = [(torch.zeros(dim), torch.ones(dim)) if not run["standardize"] else p[2:] for run, p in zip(runs, prepared)]
-    mean, scale = torch.stack([m for m, _ in flat]), torch.stack([s for _, s in flat])           # (runs, dim)
+    which = torch.tensor([list(different).index(name) for name in names])                         # (runs,) the set of each
+
+    # Standardised inputs, and in regression targets, by the training tracks.
+    plain = torch.tensor([not run["standardize"] for run in runs])
+    mean = torch.stack([x[s].float().mean(dim=0) for s in sets])[which]                           # (runs, dim)
+    scale = torch.stack([x[s].float().std(dim=0) + 1e-6 for s in sets])[which]
+    mean[plain], scale[plain] = 0, 1
     offset, gain = torch.zeros(len(runs), outputs), torch.ones(len(runs), outputs)
-    if kind == "regression":  # targets in units of the training tracks' deviation
+    if kind == "regression":
         offset = torch.stack([y[run["train"]].mean(dim=0) for run in runs])
         gain = torch.stack([y[run["train"]].std(dim=0) + 1e-6 for run in runs])
-    valid = {}
-    for r, (run, p) in enumerate(zip(runs, prepared)):
-        key = (p[0], np.asarray(run["valid"]).tobytes(), run["standardize"])
-        if key not in valid:
-            valid[key] = track_items(x, owner, run["valid"], mean[r], scale[r], linear=not hidden)
-        prepared[r] = valid[key]
+    judged_by = [(name, run["valid"].tobytes(), run["standardize"]) for name, run in zip(names, runs)]
+    judged = {}                                                                                   # validation items, equal ones once
+    for r, run in enumerate(runs):
+        if judged_by[r] not in judged:
+            judged[judged_by[r]] = track_items(x, owner, run["valid"], mean[r], scale[r], linear=not hidden)
+
     # Equal seeds draw equal numbers; dropout has a generator of its own, so that who uses none disturbs nobody.
     seeds = sorted({run["seed"] for run in runs})
     of_seed = torch.tensor([seeds.index(run["seed"]) for run in runs])
@@ -746,35 +759,31 @@ def fit_stack(x, owner, y, kind, runs, score, steps, every, patience, halve):
     weights = []
     for fan_in, fan_out in layers:  # nn.Linear's range
         weights += [((2 * draw(generators, fan_in, fan_out) - 1) / fan_in ** 0.5)[of_seed], torch.zeros(len(runs), 1, fan_out)]
-    moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
-    best = [w.clone() for w in weights]
-    best_score, last_gain = [-np.inf] * len(runs), [0] * len(runs)
+    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))                    # Adam's moments
+    heads = [Head(mean[r], scale[r], [w[r].clone() for w in weights], offset[r], gain[r], -np.inf) for r in range(len(runs))]
+    last_gain = [0] * len(runs)
     active = torch.arange(len(runs))  # numbers of the runs that still train
     # A stack is worked off in parts whose weights, moments and activations stay in the processor's cache (16 MB).
     part = max(1, (1 << 22) // (4 * sum(a * b for a, b in layers) + 3 * batch * (dim + hidden)))
     for step in range(steps + 1):
         if step % every == 0:
             for k, r in enumerate(active.tolist()):
-                current = [w[k] for w in weights]
-                value = score(Head(mean[r], scale[r], current, offset[r], gain[r], None).outputs(*prepared[r]), runs[r]["valid"])
-                if value > best_score[r]:
-                    best_score[r], last_gain[r] = value, step
-                    for kept, w in zip(best, current):
-                        kept[r] = w
+                now = heads[r]._replace(weights=[w[k] for w in weights])
+                value = score(now.outputs(*judged[judged_by[r]]), runs[r]["valid"])
+                if value > heads[r].score:
+                    heads[r], last_gain[r] = now._replace(weights=[w.clone() for w in now.weights], score=value), step
             staying = [k for k, r in enumerate(active.tolist()) if step - last_gain[r] < patience * every]
             if step in halve:
-                staying = sorted(staying, key=lambda k: -best_score[active[k]])[:(len(staying) + 1) // 2]
+                staying = sorted(staying, key=lambda k: -heads[active[k]].score)[:(len(staying) + 1) // 2]
             if not staying or step == steps:
                 break
             if len(staying) < len(active):
                 staying = torch.tensor(sorted(staying))
                 active = active[staying]
-                weights = [w[staying] for w in weights]
-                moments = [(m[staying], v[staying]) for m, v in moments]
+                weights, first, second = ([t[staying] for t in tensors] for tensors in (weights, first, second))
         drawn = draw(generators, batch)                                                           # (seeds, batch)
-        dropping = bool(dropout.any())
-        muted = draw(noise, batch, dim) if dropping else None                                     # (seeds, batch, dim)
-        hidden_muted = draw(noise, batch, hidden) if dropping and hidden else None
+        if dropping:
+            muted, hidden_muted = draw(noise, batch, dim), draw(noise, batch, hidden)             # (seeds, batch, dim or hidden)
         for low in range(0, len(active), part):
             some = active[low:low + part]                                                         # (n,) runs
             now, seeded = which[some], of_seed[some]
@@ -782,29 +791,20 @@ def fit_stack(x, owner, y, kind, runs, score, steps, every, patience, halve):
                 now, seeded = now[:1], seeded[:1]
             chosen = items[now[:, None], (drawn[seeded] * sizes[now][:, None]).long()]            # (n or 1, batch)
             inputs = (x[chosen].float() - mean[some][:, None]) / scale[some][:, None]             # (n, batch, dim)
-            target = y[torch.from_numpy(owner)[chosen]]
+            target = y[torch.from_numpy(owner)[chosen]]                                           # (n or 1, batch) or (.., outputs)
             target = target.expand(len(some), *target.shape[1:])
             if kind == "regression":
                 target = (target - offset[some][:, None]) / gain[some][:, None]
             hidden_keep = None
             if dropping:
                 rate = dropout[some]
-                inputs = inputs * (muted[seeded] >= rate) / (1 - rate)
-                hidden_keep = (hidden_muted[seeded] >= rate) / (1 - rate) if hidden else None
+                inputs, hidden_keep = inputs * (muted[seeded] >= rate) / (1 - rate), (hidden_muted[seeded] >= rate) / (1 - rate)
             leaves = [w[low:low + part].requires_grad_() for w in weights]                        # views: trained in place
-            with autocast("cpu") if hidden else torch.enable_grad():
-                out = forward(leaves, inputs, hidden_keep)
             # Summed over runs: every run sees the gradient it would see alone.
-            gradients = torch.autograd.grad(item_loss(kind, out.float(), target).sum(), leaves)
-            rate_now, fade = -lr[some] / (1 - 0.9 ** (step + 1)), (1 - 0.999 ** (step + 1)) ** 0.5
-            with torch.no_grad():  # Adam with a rate and an L2 of each run's own
-                for w, gradient, (m, v) in zip(leaves, gradients, moments):
-                    m, v = m[low:low + part], v[low:low + part]
-                    gradient = gradient.addcmul(w, l2[some])
-                    m.lerp_(gradient, 0.1)
-                    v.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-                    w.addcmul_(m / v.sqrt().div_(fade).add_(1e-8), rate_now)
-    return [Head(mean[r], scale[r], [w[r] for w in best], offset[r], gain[r], best_score[r]) for r in range(len(runs))]
+            gradients = torch.autograd.grad(item_loss(kind, forward(leaves, inputs, hidden_keep), target).sum(), leaves)
+            for leaf, gradient, m, v in zip(leaves, gradients, first, second):
+                adam_step(step, lr[some], l2[some], leaf, gradient, m[low:low + part], v[low:low + part])
+    return heads
 
 
 def choose(x, owner, y, kind, train, valid, score):
