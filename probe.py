@@ -62,7 +62,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (AUDIO_SUFFIXES, CROP_BINS, DYNAMIC_RANGE, FMIN, HOP, MAX_CROP, N_BINS, PITCH_CROP, SAMPLE_RATE, SCALES, SEGMENT, SYNTH_SPLITS,
+from data import (AUDIO_SUFFIXES, CROP_BINS, DYNAMIC_RANGE, FMIN, HOP, MAX_CROP, N_BINS, N_MELS, PITCH_CROP, SAMPLE_RATE, SCALES, SEGMENT, SYNTH_SPLITS,
                   TIMBRES, FrontEnd, InputError, audio_to_frames, compose, crop_views, find_audio, prepare_files,
                   prepare_folders, prepare_synth, read_audio, render_note, run_cli, write_atomic)
 from model import MT2, load_checkpoint, pick_amp
@@ -522,6 +522,16 @@ def untrained(model, device):
     return MT2(**model.config).to(device).eval()
 
 
+def frame_tokens(x, size, frames):
+    """Each frame's own token: sequence tokens x (n, layers, sequence, dim) -> (n, layers, frames, dim).
+
+    With patches of `size` (bands, frames) it is the mean of the patches above each other at that time; whole frames: None.
+    """
+    bands, width = size or (N_MELS, 1)
+    x = x.unflatten(2, (-1, N_MELS // bands)).mean(dim=3)                             # (n, layers, columns, dim)
+    return x[:, :, (torch.arange(frames) // width).clamp(max=x.shape[2] - 1)]         # what fills no column has the last one's
+
+
 @torch.inference_mode()
 def extract(model, tracks, device, layers=None, per_frame=False, progress=None):
     """What the network says of every window. tracks: [(frames, 224) uint8]; layers: default the last one.
@@ -544,9 +554,10 @@ def extract(model, tracks, device, layers=None, per_frame=False, progress=None):
             layers, first = layers or [model.config["depth"]], model.class_token_count
             with autocast(device):
                 inside = [model(cqt, mel, layers=layers, patch=patch)[1] for patch in range(len(model.patches))]
-            every = [torch.stack([x[layer].float() for layer in layers], dim=1) for x in inside]  # (n, layers, tokens + frames, dim) each
+            every = [torch.stack([x[layer].float() for layer in layers], dim=1) for x in inside]  # (n, layers, tokens + sequence, dim) each
             if per_frame:
-                found = {"sequence": every[0][:, :, first:].transpose(1, 2)}              # (n, frames, layers, dim)
+                frames = [frame_tokens(x[:, :, first:], size, windows.shape[1]) for x, size in zip(every, model.patches)]
+                found = {"sequence": torch.cat(frames, dim=-1).transpose(1, 2)}           # (n, frames, layers, dim)
             else:
                 found = {"tokens": torch.cat([x[:, :, :first] for x in every], dim=-1)[:, None],
                          "sequence": torch.cat([x[:, :, first:].mean(dim=2) for x in every], dim=-1)[:, None]}
