@@ -841,28 +841,22 @@ def class_mean_accuracy(outputs, truth):
     return float(np.mean([right[truth == c].mean() for c in np.unique(truth)]))
 
 
-def key_scores(both_ways):
-    """(24 true, 24 estimated) weights of MIREX: 1 same, 0.5 a fifth apart, 0.3 relative, 0.2 parallel.
+def key_scores():
+    """{metric: (24 true, 24 estimated)}: what an answer scores.
 
-    mir_eval, and with it most published tables, counts only an estimate a fifth *above*; MIREX since 2017 either way.
+    weighted (MIREX): 1 for the key, 0.5 for a fifth above it, 0.3 for its relative (same signature), 0.2 for its parallel
+    (same tonic). mir_eval, and with it most published tables, counts only an estimate a fifth *above*; MIREX since 2017
+    either way: "both". KSEA (STONE): 1 for the key signature, 0.5 for one a fifth away, either way.
     """
-    weights = np.zeros((24, 24))
-    for true, estimated in product(range(24), repeat=2):
-        up = (estimated - true) % 12
-        if true // 12 == estimated // 12:
-            weights[true, estimated] = 1.0 if up == 0 else 0.5 if up == 7 or (both_ways and up == 5) else 0.0
-        else:
-            weights[true, estimated] = 0.2 if up == 0 else 0.3 if up == (9 if true < 12 else 3) else 0.0
-    return weights
+    true, estimated = np.arange(24)[:, None], np.arange(24)
+    up, signature = (estimated - true) % 12, (SIGNATURES[estimated] - SIGNATURES[true]) % 12      # (24, 24) semitones
+    mode = estimated // 12 == true // 12
+    weighted = np.where(mode, (up == 0) + 0.5 * (up == 7), 0.2 * (up == 0) + 0.3 * (signature == 0))
+    return {"weighted": weighted, "weighted (both)": weighted + 0.5 * (mode & (up == 5)), "accuracy": mode & (up == 0),
+            "KSEA": (signature == 0) + 0.5 * np.isin(signature, (5, 7)), "mode": mode}
 
 
-KEY_UP, KEY_BOTH = key_scores(False), key_scores(True)
-
-
-def signature_score(estimate, truth):
-    """KSEA of STONE: 1 for the key signature, 0.5 for a fifth either way. estimate, truth (tracks,) signatures 0..11."""
-    off = (estimate - truth) % 12
-    return float(((off == 0) + 0.5 * ((off == 5) | (off == 7))).mean())
+KEY_SCORES = key_scores()
 
 
 def tag_scores(outputs, truth):
@@ -871,7 +865,7 @@ def tag_scores(outputs, truth):
     AUC: the chance that a track with the tag scores higher than one without, ties half. AP: sum of (R_n - R_n-1) P_n over
     the distinct thresholds, not interpolated.
     """
-    auc, precision = np.full(outputs.shape[1], np.nan), np.full(outputs.shape[1], np.nan)
+    auc, precision = np.full((2, outputs.shape[1]), np.nan)
     for t in range(outputs.shape[1]):
         order = np.argsort(-outputs[:, t], kind="stable")
         score, hit = outputs[order, t], truth[order, t] > 0.5
@@ -927,10 +921,7 @@ def pick_beats(activation, threshold):
 def metrics_of(kind, names):
     """{metric: function(outputs, truth)}; the first one also steers early stopping and the grid. names: classes, axes."""
     if kind == "key":
-        return {"weighted": lambda o, t: float(KEY_UP[t, o.argmax(axis=1)].mean()),
-                "weighted (both)": lambda o, t: float(KEY_BOTH[t, o.argmax(axis=1)].mean()), "accuracy": accuracy,
-                "KSEA": lambda o, t: signature_score(SIGNATURES[o.argmax(axis=1)], SIGNATURES[t]),
-                "mode": lambda o, t: float((o.argmax(axis=1) // 12 == t // 12).mean())}
+        return {name: lambda o, t, scores=scores: float(scores[t, o.argmax(axis=1)].mean()) for name, scores in KEY_SCORES.items()}
     if kind == "tags":
         mean = lambda values: float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else float("nan")
         return {"ROC-AUC": lambda o, t: mean(tag_scores(o, t)[0]), "AP": lambda o, t: mean(tag_scores(o, t)[1])}
@@ -942,8 +933,9 @@ def metrics_of(kind, names):
         return {"ACC1": lambda o, t: tempo_accuracy(bpm[o.argmax(axis=1)], bpm[t], (1,)),
                 "ACC2": lambda o, t: tempo_accuracy(bpm[o.argmax(axis=1)], bpm[t], (1, 2, 3, 1 / 2, 1 / 3))}
     if kind == "chords":  # counts (tracks, 2): frames right, frames with a label
-        return {"overlap": lambda c, _: float((c[c[:, 1] > 0, 0] / c[c[:, 1] > 0, 1]).mean()), "overlap (pooled)": lambda c, _: float(c[:, 0].sum() / c[:, 1].sum())}
-    if kind == "beats":
+        return {"overlap": lambda c, _: float((c[c[:, 1] > 0, 0] / c[c[:, 1] > 0, 1]).mean()),
+                "overlap (pooled)": lambda c, _: float(c[:, 0].sum() / c[:, 1].sum())}
+    if kind == "beats":  # counts (tracks, 3) of f_measure
         return {"F": lambda c, _: float(f_measure(c).mean()), "F (pooled)": lambda c, _: float(f_measure(c.sum(axis=0, keepdims=True))[0])}
     return {"accuracy": accuracy} | ({"class mean": class_mean_accuracy} if kind == "unbalanced" else {})
 
@@ -995,8 +987,8 @@ def group_splits(groups):
     part, splits = max(1, round(0.2 * len(names))), []
     for seed in range(SEEDS):
         order = np.roll(names, -round(seed * max(len(names), SEEDS) / SEEDS))
-        where = {name: 0 if i < part else 1 if i < 2 * part else 2 for i, name in enumerate(order)}
-        side = np.array([where[g] for g in groups])
+        place = {name: min(i // part, 2) for i, name in enumerate(order)}  # a part for the test, one for validation, the rest
+        side = np.array([place[g] for g in groups])                        # (items,)
         splits.append(tuple(np.flatnonzero(side == k) for k in (2, 1, 0)))
     return splits
 
@@ -1008,15 +1000,15 @@ def splits_of(tracks):
     fifth of its training groups.
     """
     parts = [t.split for t in tracks]
-    if all(part is None for part in parts):
+    if set(parts) <= {None}:
         return group_splits([t.group for t in tracks])
     if all(isinstance(part, int) for part in parts):
         folds, fold = sorted(set(parts)), np.array(parts)
         if len(folds) < 3:
             raise InputError(f"{len(folds)} fold(s) found; one to test on, one to validate on and some to train on are needed")
-        pairs = [(f, folds[(i + 1) % len(folds)]) for i, f in enumerate(folds)]
-        return [(np.flatnonzero((fold != f) & (fold != v)), np.flatnonzero(fold == v), np.flatnonzero(fold == f)) for f, v in pairs]
-    train, valid, test = (np.array([i for i, p in enumerate(parts) if p == name], dtype=int) for name in ("train", "valid", "test"))
+        return [(np.flatnonzero((fold != test) & (fold != valid)), np.flatnonzero(fold == valid), np.flatnonzero(fold == test))
+                for test, valid in zip(folds, folds[1:] + folds[:1])]
+    train, valid, test = (np.flatnonzero([part == name for part in parts]) for name in ("train", "valid", "test"))
     if len(valid) == 0:
         held = np.array([hashed(tracks[i].group, 5) == 0 for i in train], dtype=bool)
         train, valid = train[~held], train[held]
@@ -1302,7 +1294,7 @@ def print_confusion(outputs, truth, names, path):
     for name, row in zip(names, counts):
         print(f"{str(name):{label}}" + "".join(f"{n if n else '.':>{width}}" for n in row))
     if names is ALL_KEYS:
-        weight, up = KEY_BOTH[truth, estimate], (estimate - truth) % 12
+        weight, up = KEY_SCORES["weighted (both)"][truth, estimate], (estimate - truth) % 12
         relations = {"same": weight == 1, "fifth above": (weight == 0.5) & (up == 7), "fifth below": (weight == 0.5) & (up == 5),
                      "relative": weight == 0.3, "parallel": weight == 0.2, "other": weight == 0}
         print(", ".join(f"{name} {100 * hit.mean():.1f} %" for name, hit in relations.items()))
