@@ -14,7 +14,7 @@
 
 The story: tasks (whose files, whose labels) -> features (frozen, cached) -> probe (the only thing trained) -> metrics.
 
-The protocol, `linear`. A track is cut into 4 s windows that do not overlap (a rest under 4 s is dropped unless it is all
+The protocol, `linear`. A track is a recording with one label. It is cut into 4 s windows that do not overlap (a rest under 4 s is dropped unless it is all
 there is; nothing is padded), and the network's last layer gives one feature vector a window. Tracks are split before
 anything else. One linear layer is trained on the windows of the training tracks, each with its track's label; a track's
 prediction is the mean of its windows' outputs. Adam, rate 1e-3, batch 128, at most 50 x 128 steps (CoJEPA); features
@@ -26,9 +26,8 @@ of all seeds together where each has its own).
 `--grid` tries 216 configurations (jukemir): standardise or not, linear or 512 ReLU units, batch 64 or 256, rate 1e-5,
 1e-4 or 1e-3, dropout .25, .5 or .75 (on the input too), L2 0, 1e-4 or 1e-3. The best validation score wins, ties by order;
 the code that chooses is never given a test track (where every seed has its own, every seed has its own choice). The
-winner is then trained with five seeds. Two departures, for two
-CPU cores: after 64, 128, 256 and 512 steps the worse half by validation leaves, and 256 steps without a better score
-(jukemir: 2048) end a fit.
+winner is then trained with five seeds. Two departures, for two CPU cores: after 64, 128, 256 and 512 steps the worse half by
+validation leaves, and 256 steps without a better score (jukemir: 2048) end a fit.
 
 Local tasks label every frame: `chords` (25 classes, the overlap weighted by duration) and `beats`, where the layer says
 "beat" or not. Beat activations are smoothed by (1, 2, 1) / 4; a beat is a frame higher than its four neighbours on each
@@ -163,9 +162,11 @@ def read_times(path):
 
 # ---------------------------------------------------------------- tasks: whose files, whose labels
 
-# labels {target: label}; split "train", "valid", "test", a fold number, or None (then groups are split); items of one
-# group stay on one side.
+# labels {target: label}; split "train", "valid", "test", a fold number, or None (then groups are split); tracks of one group
+# (an artist, an album) stay on one side. path is None where the audio is missing.
 Track = namedtuple("Track", "name path labels split group")
+# what it is, where to obtain it, what to place in datasets/ and in which `homes` there; read(Files) -> Tracks; targets {name: kind}, see
+# metrics_of; expected: the official number of tracks, (train, valid, test) or of all; broken: names that are known not to decode.
 Task = namedtuple("Task", "what obtain place homes read targets expected broken note", defaults=((), ""))
 LOCAL = ("chords", "beats")
 
@@ -182,11 +183,15 @@ class Files:
         for path in sorted(self.paths, key=lambda path: path.suffix.lower() != ".wav"):  # a .wav is preferred to its .au
             if path.suffix.lower() in AUDIO_SUFFIXES:
                 for name in (path.stem, f"{path.parent.name}/{path.stem}"):
-                    self.by_name.setdefault(name.lower(), path)
+                    self.by_name.setdefault(self.plain(name), path)
+
+    @staticmethod
+    def plain(name):
+        return name.lower().replace("hip-hop", "hiphop")  # GTZAN has both spellings
 
     def audio(self, *names):
         """Path of the audio file with one of these names ("stem" or "folder/stem", any case), or None."""
-        return next((self.by_name[n.lower()] for n in names if n.lower() in self.by_name), None)
+        return next((self.by_name[self.plain(name)] for name in names if self.plain(name) in self.by_name), None)
 
     def matching(self, pattern):
         """Paths that the regex finds, a / before the first folder, in sorted order."""
@@ -223,14 +228,10 @@ GTZAN_PART = {f"{genre}.{i:05d}": {"t": "train", "v": "valid", "e": "test"}[lett
 PARTS = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid", "eval": "test", "evaluation": "test"}  # other names
 
 
-def gtzan_audio(files, name):
-    return files.audio(name, name.replace("hiphop", "hip-hop"))
-
-
 def read_gtzan(files):
-    """genres/blues/blues.00000.wav or .au; Data/genres_original/...; any folder. One loader writes hip-hop."""
+    """genres/blues/blues.00000.wav or .au; Data/genres_original/...; any folder."""
     for name, part in GTZAN_PART.items():
-        yield Track(name, gtzan_audio(files, name), {"genre": name.split(".")[0]}, part, name)
+        yield Track(name, files.audio(name), {"genre": name.split(".")[0]}, part, name)
 
 
 def read_gtzan_key(files):
@@ -239,7 +240,7 @@ def read_gtzan_key(files):
         name, value = path.name[:-len(".lerch.txt")], int(path.read_text())
         if value >= 0 and name in GTZAN_PART:  # -1 before the formula, or it becomes Ab major
             key = (value % 12 + 9) % 12 + 12 * (value >= 12)
-            yield Track(name, gtzan_audio(files, name), {"key": key}, GTZAN_PART[name], name)
+            yield Track(name, files.audio(name), {"key": key}, GTZAN_PART[name], name)
 
 
 def giantsteps_test(files):
@@ -377,7 +378,7 @@ def read_beats(files):
             continue
         name = f"{gtzan[1]}.{gtzan[2]}" if gtzan else stem
         part = None if not benchmark else "test" if gtzan else "valid" if hashed(stem, 10) == 0 else "train"
-        yield Track(name, gtzan_audio(files, name) or files.audio(path.stem), {"beats": path}, part, name)
+        yield Track(name, files.audio(name, path.stem), {"beats": path}, part, name)
 
 
 TASKS = {
