@@ -14,14 +14,14 @@
 
 The story: tasks (whose files, whose labels) -> features (frozen, cached) -> probe (the only thing trained) -> metrics.
 
-The protocol, `linear`. A track is a recording with one label. It is cut into 4 s windows that do not overlap (a rest under 4 s is dropped unless it is all
-there is; nothing is padded), and the network's last layer gives one feature vector a window. Tracks are split before
-anything else. One linear layer is trained on the windows of the training tracks, each with its track's label; a track's
-prediction is the mean of its windows' outputs. Adam, rate 1e-3, batch 128, at most 50 x 128 steps (CoJEPA); features
-standardised by the training windows; the weights of the best validation score are kept, and the fit ends when that has
-not risen for 640 steps (our choice). The test tracks are predicted once. Five seeds, mean and standard deviation; in
-brackets the 95 % interval of 1000 bootstrap draws of test tracks (of the first seed, as all seeds share the test set;
-of all seeds together where each has its own).
+The protocol, `linear`. A track is a recording with a label, say its genre. It is cut into 4 s windows that do not overlap (a
+rest under 4 s is dropped unless it is all there is; nothing is padded), and the network's last layer gives one feature vector
+a window. Tracks are split before anything else. One linear layer is trained on the windows of the training tracks, each with
+its track's label; a track's prediction is the mean of its windows' outputs. Adam, rate 1e-3, batch 128, at most 50 x 128
+steps (CoJEPA); features standardised by the training windows; the weights of the best validation score are kept, and the fit
+ends when that has not risen for 640 steps (our choice). The test tracks are predicted once. Five seeds, mean and standard
+deviation; in brackets the 95 % interval of 1000 bootstrap draws of test tracks (of the first seed, as all seeds share the
+test set; of all seeds together where each has its own).
 
 `--grid` tries 216 configurations (jukemir): standardise or not, linear or 512 ReLU units, batch 64 or 256, rate 1e-5,
 1e-4 or 1e-3, dropout .25, .5 or .75 (on the input too), L2 0, 1e-4 or 1e-3. The best validation score wins, ties by order;
@@ -714,12 +714,12 @@ def adam_step(step, lr, l2, weight, gradient, m, v):
 def fit(x, owner, y, kind, runs, score, steps=STEPS, every=EVERY, patience=PATIENCE, halve=()):
     """Train many probes as one batched problem. Returns a Head per run, none of which has seen a test track.
 
-    x (items, dim), owner (items,) the track of each; y per track: (tracks,) int64 classes, -1 = no label, or (tracks, n)
-    float; runs: dictionaries of LINEAR's keys, `seed`, and the track numbers `train` and `valid` (arrays); score(outputs,
-    tracks) of the validation tracks, higher is better; at the steps `halve` the worse half of the runs leaves. Runs of
-    equal `hidden` and `batch` are stacked and trained by one bmm. Random numbers depend on a run's seed alone, so whoever
-    shares the stack changes nothing: the same weights, items and dropout noise for all configurations of a seed, which
-    also makes their comparison fairer.
+    x (items, dim), owner (items,) the track of each; y per track: (tracks,) int64 classes or (tracks, n) float; runs:
+    dictionaries of LINEAR's keys, `seed`, and the track numbers `train` and `valid` (arrays); score(outputs, tracks) of the
+    validation tracks, higher is better; at the steps `halve` the worse half of the runs leaves. Runs of equal `hidden` and
+    `batch` are stacked and trained by one bmm. Random numbers depend on a run's seed alone, so whoever shares the stack
+    changes nothing: the same weights, items and dropout noise for all configurations of a seed, which also makes their
+    comparison fairer.
     """
     heads, stacks = [None] * len(runs), {}
     for i, run in enumerate(runs):
@@ -738,11 +738,10 @@ def fit_stack(x, owner, y, kind, runs, score, steps, every, patience, halve):
     lr, l2, dropout = column("lr"), column("l2"), column("dropout")
     dropping = bool(dropout.any())
 
-    # What the runs learn from: the items of their training tracks that have a label. Equal tracks make one set.
+    # What the runs learn from: the items of their training tracks. Equal tracks make one set.
     names = [run["train"].tobytes() for run in runs]
     different = dict(zip(names, (run["train"] for run in runs)))
-    labelled = [tracks if y.ndim == 2 else tracks[(y[tracks] >= 0).numpy()] for tracks in different.values()]
-    sets = [torch.from_numpy(np.flatnonzero(np.isin(owner, tracks))) for tracks in labelled]      # item numbers
+    sets = [torch.from_numpy(np.flatnonzero(np.isin(owner, tracks))) for tracks in different.values()]  # numbers of their items
     sizes = torch.tensor([len(s) for s in sets])
     items = torch.nn.utils.rnn.pad_sequence(sets, batch_first=True)                               # (sets, most items)
     which = torch.tensor([list(different).index(name) for name in names])                         # (runs,) the set of each

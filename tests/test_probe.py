@@ -528,16 +528,6 @@ def test_tags_are_learnt_each_for_itself():
     assert outputs.shape == (15, 4) and min(auc[:3]) > 0.9 and np.isnan(auc[3]) and outputs[:, 3].min() > 0
 
 
-def test_tracks_without_a_label_are_not_learnt_from():
-    x, owner, y, _, _ = problem()
-    y, wild = y.clone(), x.clone()
-    y[TRAIN[:9]] = -1
-    wild[np.isin(owner, TRAIN[:9])] = torch.nan
-    every, labelled = (fit(wild, owner, y, "chords", [run(train=train)], log_score(y), steps=16, every=8)[0] for train in (TRAIN, TRAIN[9:]))
-    assert_identical(every, labelled)
-    assert every.weights[0].isfinite().all()
-
-
 @pytest.mark.parametrize("kind", ["class", "chords", "unbalanced", "key", "tempo", "tags", "beats", "regression"])
 def test_losses_are_one_number_per_probe(kind):
     generator = torch.Generator().manual_seed(0)
