@@ -14,21 +14,20 @@
 
 The story: tasks (whose files, whose labels) -> features (frozen, cached) -> probe (the only thing trained) -> metrics.
 
-The protocol, `linear`. A track is cut into 4 s windows that do not overlap (a rest under 4 s is dropped unless it is all
-there is; nothing is padded), and the network's last layer gives one feature vector a window. Tracks are split before
-anything else. One linear layer is trained on the windows of the training tracks, each with its track's label; a track's
-prediction is the mean of its windows' outputs. Adam, rate 1e-3, batch 128, at most 50 x 128 steps (CoJEPA); features
-standardised by the training windows; the weights of the best validation score are kept, and the fit ends when that has
-not risen for 640 steps (our choice). The test tracks are predicted once. Five seeds, mean and standard deviation; in
-brackets the 95 % interval of 1000 bootstrap draws of test tracks (of the first seed, as all seeds share the test set;
-of all seeds together where each has its own).
+The protocol, `linear`. A track is a recording with a label, say its genre. It is cut into 4 s windows that do not overlap (a
+rest under 4 s is dropped unless it is all there is; nothing is padded), and the network's last layer gives one feature vector
+a window. Tracks are split before anything else. One linear layer is trained on the windows of the training tracks, each with
+its track's label; a track's prediction is the mean of its windows' outputs. Adam, rate 1e-3, batch 128, at most 50 x 128
+steps (CoJEPA); features standardised by the training windows; the weights of the best validation score are kept, and the fit
+ends when that has not risen for 640 steps (our choice). The test tracks are predicted once. Five seeds, mean and standard
+deviation; in brackets the 95 % interval of 1000 bootstrap draws of test tracks (of the first seed, as all seeds share the
+test set; of all seeds together where each has its own).
 
 `--grid` tries 216 configurations (jukemir): standardise or not, linear or 512 ReLU units, batch 64 or 256, rate 1e-5,
 1e-4 or 1e-3, dropout .25, .5 or .75 (on the input too), L2 0, 1e-4 or 1e-3. The best validation score wins, ties by order;
 the code that chooses is never given a test track (where every seed has its own, every seed has its own choice). The
-winner is then trained with five seeds. Two departures, for two
-CPU cores: after 64, 128, 256 and 512 steps the worse half by validation leaves, and 256 steps without a better score
-(jukemir: 2048) end a fit.
+winner is then trained with five seeds. Two departures, for two CPU cores: after 64, 128, 256 and 512 steps the worse half by
+validation leaves, and 256 steps without a better score (jukemir: 2048) end a fit.
 
 Local tasks label every frame: `chords` (25 classes, the overlap weighted by duration) and `beats`, where the layer says
 "beat" or not. Beat activations are smoothed by (1, 2, 1) / 4; a beat is a frame higher than its four neighbours on each
@@ -62,7 +61,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (AUDIO_SUFFIXES, CROP_BINS, DYNAMIC_RANGE, FMIN, HOP, MAX_CROP, N_BINS, PITCH_CROP, SAMPLE_RATE, SEGMENT, SYNTH_SPLITS,
+from data import (AUDIO_SUFFIXES, CROP_BINS, DYNAMIC_RANGE, FMIN, HOP, MAX_CROP, N_BINS, N_MELS, PITCH_CROP, SAMPLE_RATE, SCALES, SEGMENT, SYNTH_SPLITS,
                   TIMBRES, FrontEnd, InputError, audio_to_frames, compose, crop_views, find_audio, prepare_files,
                   prepare_folders, prepare_synth, read_audio, render_note, run_cli, write_atomic)
 from model import MT2, load_checkpoint, pick_amp
@@ -73,81 +72,83 @@ FRAME_SECONDS = HOP / SAMPLE_RATE
 
 # ---------------------------------------------------------------- labels: keys, chords
 
+# What a key and a chord are, data.py says above its songs. Both are numbers here: the tonic of a key, or the root of a chord, in
+# semitones above C (0..11), plus 12 for minor.
 KEY_NAMES = "C Db D Eb E F Gb G Ab A Bb B".split()
 ALL_KEYS = KEY_NAMES + [name.lower() for name in KEY_NAMES]  # index 0..23; minor keys in lower case
+# Tonic of the major key with the same seven notes, hence the same signature: A minor (21) -> C (0).
+SIGNATURES = np.array([*range(12), *((tonic + 3) % 12 for tonic in range(12))])
+
+
+def pitch_class(note):
+    """'Bb' -> 10: a letter A..G with any number of sharps and flats, in semitones above C, 0..11."""
+    return ("C D EF G A B".index(note[0]) + note.count("#") - note.count("b")) % 12
 
 
 def parse_key(text):
     """'F# minor', 'Bb:maj', 'a', 'd# minor<TAB>2' ... -> 0..11 major, 12..23 minor (C = 0); None when it names no single key."""
-    match = re.fullmatch(r"([A-Ga-g])([#b]*)[\s:]*((?i:maj(?:or)?|min(?:or)?)|M|m)?", text.split("\t")[0].strip())
-    if not match:
-        return None
-    letter, accidentals, mode = match.groups()
-    tonic = "C D EF G A B".index(letter.upper()) + accidentals.count("#") - accidentals.count("b")
-    minor = mode is not None and (mode == "m" or mode.lower().startswith("min"))
-    return tonic % 12 + 12 * minor
+    match = re.fullmatch(r"([A-Ga-g][#b]*)[\s:]*(?:(?i:major|maj)|M|((?i:minor|min)|m))?", text.split("\t")[0].strip())
+    return match and pitch_class(match[1].capitalize()) + 12 * (match[2] is not None)
 
 
-def signature_of(key):
-    """Key 0..23 -> tonic of the major key with the same signature: A minor (21) -> C (0)."""
-    return key if key < 12 else (key + 3) % 12
-
-
-# Chord qualities by semitones above the root, within the first octave and beyond.
-QUALITIES = {"maj": (0, 4, 7), "min": (0, 3, 7), "aug": (0, 4, 8), "dim": (0, 3, 6), "sus2": (0, 2, 7), "sus4": (0, 5, 7),
-             "7": (0, 4, 7, 10), "maj7": (0, 4, 7, 11), "min7": (0, 3, 7, 10), "minmaj7": (0, 3, 7, 11), "maj6": (0, 4, 7, 9),
-             "min6": (0, 3, 7, 9), "dim7": (0, 3, 6, 9), "hdim7": (0, 3, 6, 10), "aug7": (0, 4, 8, 10), "9": (0, 4, 7, 10, 14),
-             "maj9": (0, 4, 7, 11, 14), "min9": (0, 3, 7, 10, 14), "11": (0, 4, 7, 10, 14, 17), "maj11": (0, 4, 7, 11, 14, 17),
-             "min11": (0, 3, 7, 10, 14, 17), "13": (0, 4, 7, 10, 14, 21), "maj13": (0, 4, 7, 11, 14, 21),
-             "min13": (0, 3, 7, 10, 14, 21), "1": (0,), "5": (0, 7)}
+# Chord qualities by their notes within a fifth (7 semitones) of the root: what lies above, such as sevenths, does not decide.
+QUALITIES = {name: set(notes) for notes, names in {
+    (0, 4, 7): "maj 7 maj7 maj6 9 maj9 11 maj11 13 maj13", (0, 3, 7): "min min7 minmaj7 min6 min9 min11 min13", (0, 4): "aug aug7",
+    (0, 3, 6): "dim dim7 hdim7", (0, 2, 7): "sus2", (0, 5, 7): "sus4", (0, 7): "5", (0,): "1"}.items() for name in names.split()}
+DEGREE = r"[#b]*[1-9]\d*"
+EDIT = rf"\s*\*?{DEGREE}\s*"
+CHORD = re.compile(rf"([A-G][#b]*)(?::(?=[a-z0-9(])([a-z0-9]+)?(?:\(({EDIT}(?:,{EDIT})*)\))?)?(?:/({DEGREE}))?")  # root:quality(edits)/bass
 NO_CHORD, UNKNOWN = 24, -1
 
 
 def semitones(degree):
-    """Scale degree of the chord grammar -> semitones above the root: '5' 7, 'b7' 10, '9' 14. None when it is none."""
-    match = re.fullmatch(r"([#b]*)(\d+)", degree.strip())
-    if not match or not int(match[2]):
-        return None
-    octave, step = divmod(int(match[2]) - 1, 7)
-    return 12 * octave + (0, 2, 4, 5, 7, 9, 11)[step] + match[1].count("#") - match[1].count("b")
+    """Degree of the major scale, with sharps and flats -> semitones above the root: '5' 7, 'b7' 10, '9' 14."""
+    octave, step = divmod(int(degree.lstrip("#b")) - 1, 7)
+    return 12 * octave + SCALES["major"][step] + degree.count("#") - degree.count("b")
 
 
 def parse_chord(label):
     """'Bb:maj7/3', 'G', 'N' -> 0..11 major, 12..23 minor, 24 no chord, -1 neither (no loss, not scored).
 
-    The strict rule of mir_eval's majmin: after the edits in parentheses, and with the bass note added, the notes within a
-    fifth of the root must be exactly a major or minor triad. So C:7/b7 is C major, but D:maj/2 and Bb:maj(*3) are -1.
+    The strict rule of mir_eval's majmin: after the edits in parentheses (a * takes a degree away), and with the bass note
+    added, the notes within a fifth of the root must be exactly a major or minor triad. So C:7/b7 is C major, but D:maj/2 and
+    Bb:maj(*3) are -1.
     """
     if label == "N":
         return NO_CHORD
-    match = re.fullmatch(r"([A-G])([#b]*)(?::(?=[a-z0-9(])([a-z0-9]+)?(?:\(([^)]+)\))?)?(?:/([#b]*[1-9]\d*))?", label)
-    if not match or (match[3] and match[3] not in QUALITIES):
+    match = CHORD.fullmatch(label)
+    if not match or (match[2] or "maj") not in QUALITIES:
         return UNKNOWN
-    letter, accidentals, quality, edits, bass = match.groups()
-    root = ("C D EF G A B".index(letter) + accidentals.count("#") - accidentals.count("b")) % 12
-    notes = {0} if quality is None and edits else set(QUALITIES[quality or "maj"])
-    for degree in filter(None, map(str.strip, (edits or "").split(","))):
-        note = semitones(degree.lstrip("*"))
-        if note is None:
-            return UNKNOWN
-        notes = notes - {note} if degree.startswith("*") else notes | {note}
+    root, quality, edits, bass = match.groups(default="")
+    notes = set(QUALITIES[quality or ("1" if edits else "maj")])
+    for removed, degree in re.findall(rf"(\*?)({DEGREE})", edits):
+        notes = notes - {semitones(degree)} if removed else notes | {semitones(degree)}
     if bass:
         notes.add(semitones(bass))
-    triad = {note for note in notes if note is not None and note <= 7}
-    return root if triad == {0, 4, 7} else 12 + root if triad == {0, 3, 7} else UNKNOWN
+    triad = {note for note in notes if note <= 7}
+    return pitch_class(root) if triad == {0, 4, 7} else 12 + pitch_class(root) if triad == {0, 3, 7} else UNKNOWN
+
+
+def read_table(path, delimiter=",", errors="replace"):
+    """Rows of a CSV file with a header: [{column: cell}], blanks at the ends of both removed. Raises InputError."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors=errors) as file:
+            return [{k.strip(): (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(file, delimiter=delimiter)]
+    except (OSError, UnicodeDecodeError, csv.Error):
+        raise InputError(f"{path}: is not a readable CSV file in UTF-8") from None
 
 
 def read_intervals(path):
     """Chord intervals [(start, end, class)] of a .lab file (any white space) or a ;-separated csv with a header."""
-    text, rows = path.read_text(encoding="utf-8-sig", errors="replace"), []
     if path.suffix == ".csv":
-        for row in csv.DictReader(text.splitlines(), delimiter=";"):
-            rows.append((row.get("start", row.get("t_start")), row.get("end", row.get("t_end")), row.get("majmin", row.get("chord"))))
+        rows = [(row.get("start", row.get("t_start")), row.get("end", row.get("t_end")), row.get("majmin", row.get("chord")))
+                for row in read_table(path, ";")]
     else:
-        rows = [(fields[0], fields[1], fields[-1]) for fields in map(str.split, text.splitlines()) if len(fields) >= 3]
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        rows = [(fields[0], fields[1], fields[-1]) for fields in map(str.split, lines) if len(fields) >= 3]
     try:
-        return [(float(start), float(end), parse_chord(label.strip())) for start, end, label in rows]
-    except (TypeError, ValueError, AttributeError):
+        return [(float(start), float(end), parse_chord(label)) for start, end, label in rows]
+    except (TypeError, ValueError):
         raise InputError(f"{path}: is not a chord file; give lines of start, end and label") from None
 
 
@@ -161,9 +162,11 @@ def read_times(path):
 
 # ---------------------------------------------------------------- tasks: whose files, whose labels
 
-# labels {target: label}; split "train", "valid", "test", a fold number, or None (then groups are split); items of one
-# group stay on one side.
+# labels {target: label}; split "train", "valid", "test", a fold number, or None (then groups are split); tracks of one group
+# (an artist, an album) stay on one side. path is None where the audio is missing.
 Track = namedtuple("Track", "name path labels split group")
+# what it is, where to obtain it, what to place in datasets/ and in which `homes` there; read(Files) -> Tracks; targets {name: kind}, see
+# metrics_of; expected: the official number of tracks, (train, valid, test) or of all; broken: names that are known not to decode.
 Task = namedtuple("Task", "what obtain place homes read targets expected broken note", defaults=((), ""))
 LOCAL = ("chords", "beats")
 
@@ -172,34 +175,34 @@ class Files:
     """The files below some folders, found by name: data sets circulate in many layouts, their file names stay."""
 
     def __init__(self, roots):
-        self.roots, self.paths, self.by_name = [Path(r) for r in roots], [], {}
-        for root in self.roots:
+        self.roots, self.paths, self.by_name = roots, [], {}
+        for root in roots:
             for folder, folders, names in os.walk(root, followlinks=True):
                 folders.sort()
-                self.paths += [Path(folder) / name for name in sorted(names) if not name.startswith(".")]
-        for path in self.paths:
+                self.paths += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+        for path in sorted(self.paths, key=lambda path: path.suffix.lower() != ".wav"):  # a .wav is preferred to its .au
             if path.suffix.lower() in AUDIO_SUFFIXES:
                 for name in (path.stem, f"{path.parent.name}/{path.stem}"):
-                    if path.suffix.lower() == ".wav" or name.lower() not in self.by_name:  # a .wav is preferred to its .au
-                        self.by_name[name.lower()] = path
+                    self.by_name.setdefault(self.plain(name), path)
+
+    @staticmethod
+    def plain(name):
+        return name.lower().replace("hip-hop", "hiphop")  # GTZAN has both spellings
 
     def audio(self, *names):
         """Path of the audio file with one of these names ("stem" or "folder/stem", any case), or None."""
-        return next((self.by_name[n.lower()] for n in names if n.lower() in self.by_name), None)
+        return next((self.by_name[self.plain(name)] for name in names if self.plain(name) in self.by_name), None)
 
     def matching(self, pattern):
-        """Paths whose text below a root matches the regex, sorted."""
+        """Paths that the regex finds, a / before the first folder, in sorted order."""
         return [p for p in self.paths if re.search(pattern, "/" + p.as_posix())]
 
     def rows(self, *names, delimiter=","):
         """Rows of the first table found under one of these file names. Raises InputError with the names tried."""
-        for name in names:
-            for path in self.paths:
-                if path.name == name:
-                    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-                        return [{(k or "").strip(): (v or "").strip() for k, v in row.items() if not isinstance(v, list)}
-                                for row in csv.DictReader(file, delimiter=delimiter)]
-        raise InputError(f"no {' or '.join(names)} below {' or '.join(map(str, self.roots))}")
+        path = next((p for name in names for p in self.paths if p.name == name), None)
+        if path is None:
+            raise InputError(f"no {' or '.join(names)} below {' or '.join(map(str, self.roots))}")
+        return read_table(path, delimiter)
 
 
 def hashed(text, modulus):
@@ -220,19 +223,15 @@ GTZAN_SPLIT = {
     "reggae":    "ttt.t.t..t.tt.ttttttttttttttttttt.eeeeeee.tttteeettteetttttttvvteeeeetvev.v.vvve..eeev.eeee.vvvvvvvv",
     "rock":      "tttttttttteeeeeettttttttttteeeeeeeeeeeveeeeeeeeeevvvvvvvvttttttttttttttvvvvvvvvvvvvvvveeeeettttttttt",
 }
-SPLIT_LETTERS = {"t": "train", "v": "valid", "e": "test"}
-GTZAN_PART = {f"{genre}.{i:05d}": SPLIT_LETTERS[letter] for genre, letters in GTZAN_SPLIT.items()
-              for i, letter in enumerate(letters) if letter in SPLIT_LETTERS}
-
-
-def gtzan_audio(files, name):
-    return files.audio(name, name.replace("hiphop", "hip-hop"))
+GTZAN_PART = {f"{genre}.{i:05d}": {"t": "train", "v": "valid", "e": "test"}[letter] for genre, letters in GTZAN_SPLIT.items()
+              for i, letter in enumerate(letters) if letter != "."}
+PARTS = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid", "eval": "test", "evaluation": "test"}  # other names
 
 
 def read_gtzan(files):
-    """genres/blues/blues.00000.wav or .au; Data/genres_original/...; any folder. One loader writes hip-hop."""
+    """genres/blues/blues.00000.wav or .au; Data/genres_original/...; any folder."""
     for name, part in GTZAN_PART.items():
-        yield Track(name, gtzan_audio(files, name), {"genre": name.split(".")[0]}, part, name)
+        yield Track(name, files.audio(name), {"genre": name.split(".")[0]}, part, name)
 
 
 def read_gtzan_key(files):
@@ -241,7 +240,7 @@ def read_gtzan_key(files):
         name, value = path.name[:-len(".lerch.txt")], int(path.read_text())
         if value >= 0 and name in GTZAN_PART:  # -1 before the formula, or it becomes Ab major
             key = (value % 12 + 9) % 12 + 12 * (value >= 12)
-            yield Track(name, gtzan_audio(files, name), {"key": key}, GTZAN_PART[name], name)
+            yield Track(name, files.audio(name), {"key": key}, GTZAN_PART[name], name)
 
 
 def giantsteps_test(files):
@@ -274,8 +273,8 @@ def read_fmak(files):
     artist = {}
     for path in files.matching(r"/tracks\.csv$"):  # FMA's metadata, three lines of header
         with open(path, newline="", encoding="utf-8") as file:
-            rows = csv.reader(file)
-            column = list(zip(next(rows), next(rows))).index(("artist", "id"))
+            above, below, *rows = csv.reader(file)
+            column = list(zip(above, below)).index(("artist", "id"))
             artist = {row[0]: row[column] for row in rows if len(row) > column}
     for row in files.rows("fmakv2.csv", "fma_keys_metadata.csv"):
         group = artist.get(row["track_id"], f"track {row['track_id']}")
@@ -318,8 +317,7 @@ def read_medleysolos(files):
     """Medley-solos-DB_test-0_UUID.wav; the subset and the song are columns of Medley-solos-DB_metadata.csv."""
     for row in files.rows("Medley-solos-DB_metadata.csv"):
         name = f"Medley-solos-DB_{row['subset']}-{row['instrument_id']}_{row['uuid4']}"
-        part = {"training": "train", "validation": "valid"}.get(row["subset"], row["subset"])
-        yield Track(name, files.audio(name), {"instrument": row["instrument"]}, part, row["song_id"])
+        yield Track(name, files.audio(name), {"instrument": row["instrument"]}, PARTS.get(row["subset"], row["subset"]), row["song_id"])
 
 
 def read_nsynth(files):
@@ -380,7 +378,7 @@ def read_beats(files):
             continue
         name = f"{gtzan[1]}.{gtzan[2]}" if gtzan else stem
         part = None if not benchmark else "test" if gtzan else "valid" if hashed(stem, 10) == 0 else "train"
-        yield Track(name, gtzan_audio(files, name) or files.audio(path.stem), {"beats": path}, part, name)
+        yield Track(name, files.audio(name, path.stem), {"beats": path}, part, name)
 
 
 TASKS = {
@@ -416,63 +414,62 @@ TASKS = {
 }
 
 
-def group_of(path, pattern):
-    """The part of a file name that --group matches; the file's own path without the flag. Raises InputError."""
-    if not pattern:
-        return str(path)
-    match = re.search(pattern, path.name)
-    if not match:
-        raise InputError(f"--group {pattern!r} does not match {path.name}; the regex must match every file name")
-    return match.group()
-
-
 def read_folders(folder, pattern):
-    """One class per sub-folder. Raises InputError when there are not two."""
-    files = [(Path(name).parts, path) for name, path in find_audio([folder]) if len(Path(name).parts) > 2]
-    classes = {parts[1] for parts, _ in files}
+    """One class per sub-folder, grouped by what the regex `pattern` (or None) finds in a file's name. Raises InputError.
+
+    Returns (tracks, {target: kind}).
+    """
+    files = [(Path(name).parts[1:], path) for name, path in find_audio([folder]) if len(Path(name).parts) > 2]
+    classes = {parts[0] for parts, _ in files}
     if len(classes) < 2:
         raise InputError(f"{folder}: holds {len(classes)} sub-folder(s) with audio; a class is a sub-folder, give at least two")
-    return [Track("/".join(parts[1:]), path, {"class": parts[1]}, None, group_of(path, pattern)) for parts, path in files], {"class": "class"}
+    tracks = []
+    for parts, path in files:
+        try:
+            group = re.search(pattern, path.name).group() if pattern else str(path)
+        except (re.error, AttributeError):  # not a regex; no match
+            raise InputError(f"--group {pattern!r} does not match {path.name}; give a regex that matches every file name") from None
+        tracks.append(Track("/".join(parts), path, {"class": parts[0]}, None, group))
+    return tracks, {"class": "class"}
+
+
+def is_number(text):
+    """Whether a text is a finite number."""
+    try:
+        return bool(np.isfinite(float(text)))
+    except ValueError:
+        return False
 
 
 def read_csv(args):
-    """Your own table: a column `file` (path below --audio) and a column of labels. Returns (tracks, {label: kind}).
+    """Your own table: a column `file` (path below --audio) and a column of labels. Returns (tracks, {target: kind}).
 
     The kind follows from the column unless --kind says it: named key -> keys; every value a number -> regression; a "|"
     anywhere -> tags; else classes. Rows without a label, or whose key names no single key, are counted and left out.
+    Raises InputError.
     """
-    audio = Path(args.audio or Path(args.data).parent)
-    try:
-        with open(args.data, newline="", encoding="utf-8-sig") as file:
-            rows = [{k: (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(file)]
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"{args.data}: is not a readable CSV file") from None
-    columns = ["file", *filter(None, (args.label, args.split, args.group))]
-    for column in columns:
+    audio, rows = Path(args.audio or Path(args.data).parent), read_table(args.data, errors="strict")
+    for column in filter(None, ("file", args.label, args.split, args.group)):
         if not rows or column not in rows[0]:
             raise InputError(f"{args.data}: has no column {column!r}; it has {', '.join(rows[0]) if rows else 'no rows'}")
     values = [row[args.label] for row in rows if row[args.label]]
-    number = re.compile(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?")
-    kind = args.kind or ("key" if args.label == "key" else "regression" if values and all(map(number.fullmatch, values))
-                         else "tags" if any("|" in v for v in values) else "class")
-    parse = {"key": parse_key, "regression": lambda v: (float(v),), "tags": lambda v: [t.strip() for t in v.split("|") if t.strip()]}.get(kind, str)
-    parts = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid", "eval": "test", "evaluation": "test"}
+    words = [value for value in values if not is_number(value)]
+    kind = args.kind or ("key" if args.label == "key" else "regression" if values and not words
+                         else "tags" if any("|" in value for value in values) else "class")
+    if kind == "regression" and words:
+        raise InputError(f"{args.data}: {words[0]!r} in {args.label} is not a number; use --kind class")
+    parse = {"key": parse_key, "regression": lambda value: (float(value),), "class": str,
+             "tags": lambda value: [tag.strip() for tag in value.split("|") if tag.strip()]}[kind]
     tracks = {}
     for row in rows:
-        try:
-            label = parse(row[args.label]) if row[args.label] else None
-            if kind == "regression" and label and not np.isfinite(label[0]):
-                raise ValueError
-        except ValueError:
-            raise InputError(f"{args.data}: {row[args.label]!r} in {args.label} is not a number; use --kind class") from None
-        part = parts.get(row[args.split].lower(), row[args.split].lower()) if args.split else None
+        part = row[args.split].lower() if args.split else None
+        part = PARTS.get(part, part)
         if part not in (None, "train", "valid", "test"):
             raise InputError(f"{args.data}: {row[args.split]!r} in {args.split} is none of train, valid, test")
-        path = audio / row["file"]
+        label = parse(row[args.label]) if row[args.label] else None
         if label is not None:
-            name = os.path.normpath(row["file"])
-            tracks[name] = Track(name, path if path.is_file() else None, {args.label: label}, part,
-                                 row[args.group] if args.group else name)
+            name, path = os.path.normpath(row["file"]), audio / row["file"]
+            tracks[name] = Track(name, path if path.is_file() else None, {args.label: label}, part, row[args.group] if args.group else name)
     print(f"{args.label}: {kind}; {len(tracks)} of {len(rows)} rows have a label")
     if not tracks:
         raise InputError(f"{args.data}: no row has a usable {args.label}")
@@ -498,17 +495,14 @@ def window_batches(tracks, spans, size=128):
     tracks: iterable of (frames, 224) uint8; spans: per track what cut_windows gave. Nothing is padded: the short rest of
     a track waits for others as short as itself. indices counts windows in the order of tracks.
     """
-    waiting, number = {}, 0
-    for frames, cuts in zip(tracks, spans):
-        for start, stop in cuts:
-            bucket = waiting.setdefault(stop - start, [])
-            bucket.append((number, frames[start:stop]))
-            number += 1
-            if len(bucket) == size:
-                yield [i for i, _ in bucket], torch.from_numpy(np.stack([w for _, w in bucket]))
-                bucket.clear()
-    for bucket in filter(None, waiting.values()):
-        yield [i for i, _ in bucket], torch.from_numpy(np.stack([w for _, w in bucket]))
+    batch = lambda bucket: ([i for i, _ in bucket], torch.from_numpy(np.stack([window for _, window in bucket])))
+    waiting = {}                                                                      # {length: [(index, window)]}
+    for i, window in enumerate(frames[start:stop] for frames, cuts in zip(tracks, spans) for start, stop in cuts):
+        bucket = waiting.setdefault(len(window), [])
+        bucket.append((i, window))
+        if len(bucket) == size:
+            yield batch(waiting.pop(len(window)))
+    yield from map(batch, waiting.values())
 
 
 def views_of(windows, device, crop=PITCH_CROP):
@@ -529,6 +523,16 @@ def untrained(model, device):
     return MT2(**model.config).to(device).eval()
 
 
+def frame_tokens(x, size, frames):
+    """Each frame's own token: sequence tokens x (n, layers, sequence, dim) -> (n, layers, frames, dim).
+
+    With patches of `size` (bands, frames) it is the mean of the patches above each other at that time; whole frames: None.
+    """
+    bands, width = size or (N_MELS, 1)
+    x = x.unflatten(2, (-1, N_MELS // bands)).mean(dim=3)                             # (n, layers, columns, dim)
+    return x[:, :, (torch.arange(frames) // width).clamp(max=x.shape[2] - 1)]         # what fills no column has the last one's
+
+
 @torch.inference_mode()
 def extract(model, tracks, device, layers=None, per_frame=False, progress=None):
     """What the network says of every window. tracks: [(frames, 224) uint8]; layers: default the last one.
@@ -537,30 +541,31 @@ def extract(model, tracks, device, layers=None, per_frame=False, progress=None):
         a network       "tokens" (windows, layers, tokens, dim) and "sequence" (windows, layers, dim), the mean over frames
         None            "raw" (windows, 424): mean and deviation over time of the spectrograms
         per_frame       "sequence" (frames, layers, dim), or "raw" (frames, 212); all frames, the rests of tracks too
+    Of several patch sizes the answers stand side by side in dim.
     """
     spans = [cut_windows(len(t), per_frame) for t in tracks]
-    sizes = np.array([stop - start for cuts in spans for start, stop in cuts])
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    layers = [model.config["depth"]] if model is not None and layers is None else layers
-    arrays, n = {}, 0 if model is None else model.class_token_count
+    counts = np.array([stop - start if per_frame else 1 for cuts in spans for start, stop in cuts])   # rows that each window fills
+    begin, arrays = np.cumsum(counts) - counts, {}
     for indices, windows in window_batches(tqdm(tracks, desc=progress, unit="track", disable=progress is None), spans):
-        cqt, mel = views_of(windows, device)
+        cqt, mel = views_of(windows, device)                                          # (n, frames, 84), (n, frames, 128)
         if model is None:
-            both = torch.cat([cqt, mel], dim=-1)                                     # (n, frames, 212)
-            found = {"raw": both if per_frame else torch.cat([both.mean(dim=1), both.std(dim=1, unbiased=False)], dim=-1)}
+            both = torch.cat([cqt, mel], dim=-1)                                      # (n, frames, 212)
+            found = {"raw": both if per_frame else torch.cat([both.mean(dim=1), both.std(dim=1, unbiased=False)], dim=-1)[:, None]}
         else:
+            layers, first = layers or [model.config["depth"]], model.class_token_count
             with autocast(device):
                 inside = [model(cqt, mel, layers=layers, patch=patch)[1] for patch in range(len(model.patches))]
-            every = [torch.stack([x[layer].float() for layer in layers], dim=1) for x in inside]  # (n, layers, tokens + frames, dim) each
+            every = [torch.stack([x[layer].float() for layer in layers], dim=1) for x in inside]  # (n, layers, tokens + sequence, dim) each
             if per_frame:
-                found = {"sequence": every[0][:, :, n:].transpose(1, 2)}
-            else:  # several patch sizes side by side
-                found = {"tokens": torch.cat([x[:, :, :n] for x in every], dim=-1), "sequence": torch.cat([x[:, :, n:].mean(dim=2) for x in every], dim=-1)}
-        rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in indices]) if per_frame else indices
-        for name, value in found.items():
-            value = value.flatten(0, 1) if per_frame else value
+                frames = [frame_tokens(x[:, :, first:], size, windows.shape[1]) for x, size in zip(every, model.patches)]
+                found = {"sequence": torch.cat(frames, dim=-1).transpose(1, 2)}           # (n, frames, layers, dim)
+            else:
+                found = {"tokens": torch.cat([x[:, :, :first] for x in every], dim=-1)[:, None],
+                         "sequence": torch.cat([x[:, :, first:].mean(dim=2) for x in every], dim=-1)[:, None]}
+        rows = begin[indices][:, None] + np.arange(counts[indices[0]])                # (n, frames or 1)
+        for name, value in found.items():                                             # (n, frames or 1, ...)
             if name not in arrays:
-                arrays[name] = torch.empty((starts[-1] if per_frame else len(sizes), *value.shape[1:]), dtype=torch.float16)
+                arrays[name] = torch.empty((counts.sum(), *value.shape[2:]), dtype=torch.float16)
             arrays[name][rows] = value.cpu().half()
     return arrays
 
@@ -585,26 +590,25 @@ def cached(model, store, numbers, device, layers, per_frame, progress):
 def readouts(arrays, names, counts, layers=(None,)):
     """{row: (windows, dim)} of one network. arrays from extract(); counts (windows,) frames each; names of the class tokens.
 
-    With several layers a row says which: "concat L4".
+    With several layers a row says which: "concat L4". Without class tokens (pool "mean") the sequence mean is the only row.
     """
     if "raw" in arrays:
-        return {"raw": arrays["raw"]}
-    if "tokens" not in arrays:
-        rows = [{"sequence": arrays["sequence"][:, i]} for i in range(len(layers))]
-    else:
-        rows = []
-        for i in range(len(layers)):
+        return arrays
+    found = {}
+    for i, layer in enumerate(layers):
+        if "tokens" not in arrays:
+            rows = {"sequence": arrays["sequence"][:, i]}                             # (frames, dim)
+        else:
             tokens, sequence = arrays["tokens"][:, i].float(), arrays["sequence"][:, i].float()  # (windows, tokens, dim), (windows, dim)
-            row = {name: tokens[:, t] for t, name in enumerate(names)} if tokens.shape[1] else {}
-            if len(row) > 1:
-                row |= {"average": tokens.mean(dim=1), "concat": tokens.flatten(1)}
-            row["sequence mean"] = sequence
+            rows = dict(zip(names, tokens.unbind(dim=1)))
+            if len(rows) > 1:
+                rows |= {"average": tokens.mean(dim=1), "concat": tokens.flatten(1)}
+            rows["sequence mean"] = sequence
             if tokens.shape[1]:
-                frames = torch.as_tensor(counts)[:, None]
-                row["all tokens mean"] = (tokens.sum(dim=1) + frames * sequence) / (len(names) + frames)
-            rows.append({name: value.half() for name, value in row.items()})
-    label = lambda name, layer: name if len(layers) == 1 else f"{name} L{layer}"
-    return {label(name, layer): value for layer, row in zip(layers, rows) for name, value in row.items()}
+                frames = torch.as_tensor(counts)[:, None]                             # (windows, 1)
+                rows["all tokens mean"] = (tokens.sum(dim=1) + frames * sequence) / (len(names) + frames)
+        found |= {name if len(layers) == 1 else f"{name} L{layer}": value.half() for name, value in rows.items()}
+    return found
 
 
 def all_rows(model, store, numbers, device, layers=None, per_frame=False):
@@ -627,19 +631,20 @@ def all_rows(model, store, numbers, device, layers=None, per_frame=False):
 
 # Provenance: rate, batch and 50 x 128 steps: CoJEPA. Standardised, no dropout, no L2: our choice.
 LINEAR = dict(hidden=0, batch=128, lr=1e-3, dropout=0.0, l2=0.0, standardize=True)
-STEPS, EVERY, PATIENCE = 50 * 128, 32, 20
+STEPS, EVERY, PATIENCE = 50 * 128, 32, 20  # at most; validation is read every 32; 20 readings without a better score end a fit
 FRAMES = dict(batch=2048, every=128, patience=5)  # local tasks: frames a step, and how often validation is read (our choice)
 GRID = [dict(standardize=s, hidden=h, batch=b, lr=r, dropout=d, l2=w) for s, h, b, r, d, w in
         product((False, True), (0, 512), (64, 256), (1e-5, 1e-4, 1e-3), (0.25, 0.5, 0.75), (0.0, 1e-4, 1e-3))]
-SYNTH_STEPS = 640  # every training run ends with this table: 65 fits in half a minute (our choice)
 GRID_FIT = dict(steps=1024, every=8, patience=32, halve=(64, 128, 256, 512))
+SYNTH_STEPS = 640  # every training run ends with this table: 65 fits in half a minute (our choice)
 
 
-class Head:
-    """A trained probe. head(x, owner, tracks) -> (tracks, outputs): the mean of the outputs of each track's items."""
+class Head(namedtuple("Head", "mean scale weights offset gain score")):
+    """A trained probe. head(x, owner, tracks) -> (tracks, outputs): the mean of the outputs of each track's items.
 
-    def __init__(self, mean, scale, weights, offset, gain, score):
-        self.mean, self.scale, self.weights, self.offset, self.gain, self.score = mean, scale, weights, offset, gain, score
+    mean, scale (dim,) standardise the input; weights: see forward; offset, gain (outputs,) give the units of the targets
+    back; score: the best on validation.
+    """
 
     def __call__(self, x, owner, tracks):
         return self.outputs(*track_items(x, owner, tracks, self.mean, self.scale, linear=len(self.weights) == 2))
@@ -647,21 +652,20 @@ class Head:
     @torch.no_grad()
     def outputs(self, inputs, place, count):
         """inputs (items, dim) standardised, place (items,) which of `count` tracks they belong to -> (count, outputs)."""
-        with autocast("cpu") if len(self.weights) == 4 else torch.no_grad():
-            values = forward([w[None] for w in self.weights], inputs[None])[0].float()  # (items, outputs)
+        values = forward([w[None] for w in self.weights], inputs[None])[0]           # (items, outputs)
         return track_mean(values, place, count) * self.gain + self.offset
 
 
 def track_mean(values, place, count):
     """(items, n) -> (count, n), the mean over the items of each track."""
-    if len(place) == count and torch.equal(place, torch.arange(count)):
+    if torch.equal(place, torch.arange(count)):
         return values
     total = torch.zeros(count, values.shape[1]).index_add_(0, place, values)
     return total / torch.bincount(place, minlength=count)[:, None]
 
 
 def track_items(x, owner, tracks, mean, scale, linear):
-    """The standardised items of `tracks`, in their order: (inputs, place, count).
+    """The standardised items of `tracks`, in their order: (inputs (items, dim), place (items,), count), as Head.outputs takes them.
 
     A linear layer commutes with the mean, so for one the items of a track are averaged first, which saves time.
     """
@@ -675,11 +679,17 @@ def track_items(x, owner, tracks, mean, scale, linear):
 
 
 def forward(weights, x, hidden_keep=None):
-    """weights of a stack of probes, x (stack, items, dim) -> (stack, items, outputs). Two tensors: linear; four: one hidden layer."""
-    if len(weights) == 4:
-        x = torch.relu(torch.baddbmm(weights[1], x, weights[0]))
+    """Outputs of a stack of probes, float32: x (stack, items, dim) -> (stack, items, outputs).
+
+    weights: matrix (stack, dim, outputs) and bias (stack, 1, outputs) of a linear layer, or two of each with ReLU units
+    between them; hidden_keep (stack, items, hidden): their dropout.
+    """
+    if len(weights) == 2:
+        return torch.baddbmm(weights[1], x, weights[0])
+    with autocast("cpu"):
+        x = torch.relu(torch.baddbmm(weights[1], x, weights[0]))                     # (stack, items, hidden)
         x = x * hidden_keep if hidden_keep is not None else x
-    return torch.baddbmm(weights[-1], x, weights[-2])
+        return torch.baddbmm(weights[3], x, weights[2]).float()
 
 
 def item_loss(kind, outputs, target):
@@ -691,14 +701,25 @@ def item_loss(kind, outputs, target):
     return F.cross_entropy(outputs.flatten(0, 1), target.flatten(), reduction="none").view(target.shape).mean(dim=1)
 
 
+@torch.no_grad()
+def adam_step(step, lr, l2, weight, gradient, m, v):
+    """Adam, in place, for a stack of tensors (n, ...) whose rates and L2 differ: lr, l2 (n, 1, 1). m, v: the two moments."""
+    gradient = gradient.addcmul(weight, l2)
+    m.lerp_(gradient, 0.1)
+    v.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+    unbias = (1 - 0.999 ** (step + 1)) ** 0.5
+    weight.addcmul_(m / v.sqrt().div_(unbias).add_(1e-8), -lr / (1 - 0.9 ** (step + 1)))
+
+
 def fit(x, owner, y, kind, runs, score, steps=STEPS, every=EVERY, patience=PATIENCE, halve=()):
     """Train many probes as one batched problem. Returns a Head per run, none of which has seen a test track.
 
-    x (items, dim), owner (items,) the track of each; y per track: (tracks,) int64 classes, -1 = no label, or (tracks, n)
-    float; runs: dictionaries of LINEAR's keys, `seed`, and the track numbers `train` and `valid`; score(outputs, tracks) of
-    the validation tracks, higher is better. Runs of equal `hidden` and `batch` are stacked and trained by one bmm.
-    Random numbers depend on a run's seed alone, so whoever shares the stack changes nothing: the same weights, items and
-    dropout noise for all configurations of a seed, which also makes their comparison fairer.
+    x (items, dim), owner (items,) the track of each; y per track: (tracks,) int64 classes or (tracks, n) float; runs:
+    dictionaries of LINEAR's keys, `seed`, and the track numbers `train` and `valid` (arrays); score(outputs, tracks) of the
+    validation tracks, higher is better; at the steps `halve` the worse half of the runs leaves. Runs of equal `hidden` and
+    `batch` are stacked and trained by one bmm. Random numbers depend on a run's seed alone, so whoever shares the stack
+    changes nothing: the same weights, items and dropout noise for all configurations of a seed, which also makes their
+    comparison fairer.
     """
     heads, stacks = [None] * len(runs), {}
     for i, run in enumerate(runs):
@@ -715,32 +736,31 @@ def fit_stack(x, owner, y, kind, runs, score, steps, every, patience, halve):
     outputs = y.shape[1] if y.ndim == 2 else int(y.max()) + 1
     column = lambda name: torch.tensor([float(run[name]) for run in runs])[:, None, None]         # (runs, 1, 1)
     lr, l2, dropout = column("lr"), column("l2"), column("dropout")
-    # What a run learns from: its items, their mean and deviation, its targets' scale.
-    known, prepared = {}, []
-    for run in runs:
-        tracks = np.asarray(run["train"])
-        if tracks.tobytes() not in known:
-            labelled = tracks if y.ndim == 2 else tracks[(y[tracks] >= 0).numpy()]
-            mine = np.flatnonzero(np.isin(owner, labelled))
-            picked = x[mine].float()
-            known[tracks.tobytes()] = (len(known), mine, picked.mean(dim=0), picked.std(dim=0) + 1e-6)
-        prepared.append(known[tracks.tobytes()])
-    which = torch.tensor([p[0] for p in prepared])
-    sets = [torch.from_numpy(mine) for _, mine, _, _ in known.values()]
+    dropping = bool(dropout.any())
+
+    # What the runs learn from: the items of their training tracks. Equal tracks make one set.
+    names = [run["train"].tobytes() for run in runs]
+    different = dict(zip(names, (run["train"] for run in runs)))
+    sets = [torch.from_numpy(np.flatnonzero(np.isin(owner, tracks))) for tracks in different.values()]  # numbers of their items
     sizes = torch.tensor([len(s) for s in sets])
     items = torch.nn.utils.rnn.pad_sequence(sets, batch_first=True)                               # (sets, most items)
-    flat = [(torch.zeros(dim), torch.ones(dim)) if not run["standardize"] else p[2:] for run, p in zip(runs, prepared)]
-    mean, scale = torch.stack([m for m, _ in flat]), torch.stack([s for _, s in flat])           # (runs, dim)
+    which = torch.tensor([list(different).index(name) for name in names])                         # (runs,) the set of each
+
+    # Standardised inputs, and in regression targets, by the training tracks.
+    plain = torch.tensor([not run["standardize"] for run in runs])
+    mean = torch.stack([x[s].float().mean(dim=0) for s in sets])[which]                           # (runs, dim)
+    scale = torch.stack([x[s].float().std(dim=0) + 1e-6 for s in sets])[which]
+    mean[plain], scale[plain] = 0, 1
     offset, gain = torch.zeros(len(runs), outputs), torch.ones(len(runs), outputs)
-    if kind == "regression":  # targets in units of the training tracks' deviation
+    if kind == "regression":
         offset = torch.stack([y[run["train"]].mean(dim=0) for run in runs])
         gain = torch.stack([y[run["train"]].std(dim=0) + 1e-6 for run in runs])
-    valid = {}
-    for r, (run, p) in enumerate(zip(runs, prepared)):
-        key = (p[0], np.asarray(run["valid"]).tobytes(), run["standardize"])
-        if key not in valid:
-            valid[key] = track_items(x, owner, run["valid"], mean[r], scale[r], linear=not hidden)
-        prepared[r] = valid[key]
+    judged_by = [(name, run["valid"].tobytes(), run["standardize"]) for name, run in zip(names, runs)]
+    judged = {}                                                                                   # validation items, equal ones once
+    for r, run in enumerate(runs):
+        if judged_by[r] not in judged:
+            judged[judged_by[r]] = track_items(x, owner, run["valid"], mean[r], scale[r], linear=not hidden)
+
     # Equal seeds draw equal numbers; dropout has a generator of its own, so that who uses none disturbs nobody.
     seeds = sorted({run["seed"] for run in runs})
     of_seed = torch.tensor([seeds.index(run["seed"]) for run in runs])
@@ -750,35 +770,31 @@ def fit_stack(x, owner, y, kind, runs, score, steps, every, patience, halve):
     weights = []
     for fan_in, fan_out in layers:  # nn.Linear's range
         weights += [((2 * draw(generators, fan_in, fan_out) - 1) / fan_in ** 0.5)[of_seed], torch.zeros(len(runs), 1, fan_out)]
-    moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
-    best = [w.clone() for w in weights]
-    best_score, last_gain = [-np.inf] * len(runs), [0] * len(runs)
+    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))                    # Adam's moments
+    heads = [Head(mean[r], scale[r], [w[r].clone() for w in weights], offset[r], gain[r], -np.inf) for r in range(len(runs))]
+    last_gain = [0] * len(runs)
     active = torch.arange(len(runs))  # numbers of the runs that still train
     # A stack is worked off in parts whose weights, moments and activations stay in the processor's cache (16 MB).
     part = max(1, (1 << 22) // (4 * sum(a * b for a, b in layers) + 3 * batch * (dim + hidden)))
     for step in range(steps + 1):
         if step % every == 0:
             for k, r in enumerate(active.tolist()):
-                current = [w[k] for w in weights]
-                value = score(Head(mean[r], scale[r], current, offset[r], gain[r], None).outputs(*prepared[r]), runs[r]["valid"])
-                if value > best_score[r]:
-                    best_score[r], last_gain[r] = value, step
-                    for kept, w in zip(best, current):
-                        kept[r] = w
+                now = heads[r]._replace(weights=[w[k] for w in weights])
+                value = score(now.outputs(*judged[judged_by[r]]), runs[r]["valid"])
+                if value > heads[r].score:
+                    heads[r], last_gain[r] = now._replace(weights=[w.clone() for w in now.weights], score=value), step
             staying = [k for k, r in enumerate(active.tolist()) if step - last_gain[r] < patience * every]
             if step in halve:
-                staying = sorted(staying, key=lambda k: -best_score[active[k]])[:(len(staying) + 1) // 2]
+                staying = sorted(staying, key=lambda k: -heads[active[k]].score)[:(len(staying) + 1) // 2]
             if not staying or step == steps:
                 break
             if len(staying) < len(active):
                 staying = torch.tensor(sorted(staying))
                 active = active[staying]
-                weights = [w[staying] for w in weights]
-                moments = [(m[staying], v[staying]) for m, v in moments]
+                weights, first, second = ([t[staying] for t in tensors] for tensors in (weights, first, second))
         drawn = draw(generators, batch)                                                           # (seeds, batch)
-        dropping = bool(dropout.any())
-        muted = draw(noise, batch, dim) if dropping else None                                     # (seeds, batch, dim)
-        hidden_muted = draw(noise, batch, hidden) if dropping and hidden else None
+        if dropping:
+            muted, hidden_muted = draw(noise, batch, dim), draw(noise, batch, hidden)             # (seeds, batch, dim or hidden)
         for low in range(0, len(active), part):
             some = active[low:low + part]                                                         # (n,) runs
             now, seeded = which[some], of_seed[some]
@@ -786,29 +802,20 @@ def fit_stack(x, owner, y, kind, runs, score, steps, every, patience, halve):
                 now, seeded = now[:1], seeded[:1]
             chosen = items[now[:, None], (drawn[seeded] * sizes[now][:, None]).long()]            # (n or 1, batch)
             inputs = (x[chosen].float() - mean[some][:, None]) / scale[some][:, None]             # (n, batch, dim)
-            target = y[torch.from_numpy(owner)[chosen]]
+            target = y[torch.from_numpy(owner)[chosen]]                                           # (n or 1, batch) or (.., outputs)
             target = target.expand(len(some), *target.shape[1:])
             if kind == "regression":
                 target = (target - offset[some][:, None]) / gain[some][:, None]
             hidden_keep = None
             if dropping:
                 rate = dropout[some]
-                inputs = inputs * (muted[seeded] >= rate) / (1 - rate)
-                hidden_keep = (hidden_muted[seeded] >= rate) / (1 - rate) if hidden else None
+                inputs, hidden_keep = inputs * (muted[seeded] >= rate) / (1 - rate), (hidden_muted[seeded] >= rate) / (1 - rate)
             leaves = [w[low:low + part].requires_grad_() for w in weights]                        # views: trained in place
-            with autocast("cpu") if hidden else torch.enable_grad():
-                out = forward(leaves, inputs, hidden_keep)
             # Summed over runs: every run sees the gradient it would see alone.
-            gradients = torch.autograd.grad(item_loss(kind, out.float(), target).sum(), leaves)
-            rate_now, fade = -lr[some] / (1 - 0.9 ** (step + 1)), (1 - 0.999 ** (step + 1)) ** 0.5
-            with torch.no_grad():  # Adam with a rate and an L2 of each run's own
-                for w, gradient, (m, v) in zip(leaves, gradients, moments):
-                    m, v = m[low:low + part], v[low:low + part]
-                    gradient = gradient.addcmul(w, l2[some])
-                    m.lerp_(gradient, 0.1)
-                    v.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-                    w.addcmul_(m / v.sqrt().div_(fade).add_(1e-8), rate_now)
-    return [Head(mean[r], scale[r], [w[r] for w in best], offset[r], gain[r], best_score[r]) for r in range(len(runs))]
+            gradients = torch.autograd.grad(item_loss(kind, forward(leaves, inputs, hidden_keep), target).sum(), leaves)
+            for leaf, gradient, m, v in zip(leaves, gradients, first, second):
+                adam_step(step, lr[some], l2[some], leaf, gradient, m[low:low + part], v[low:low + part])
+    return heads
 
 
 def choose(x, owner, y, kind, train, valid, score):
@@ -834,29 +841,22 @@ def class_mean_accuracy(outputs, truth):
     return float(np.mean([right[truth == c].mean() for c in np.unique(truth)]))
 
 
-def key_scores(both_ways):
-    """(24 true, 24 estimated) weights of MIREX: 1 same, 0.5 a fifth apart, 0.3 relative, 0.2 parallel.
+def key_scores():
+    """{metric: (24 true, 24 estimated)}: what an answer scores.
 
-    mir_eval, and with it most published tables, counts only an estimate a fifth *above*; MIREX since 2017 either way.
+    weighted (MIREX): 1 for the key, 0.5 for a fifth above it, 0.3 for its relative (same signature), 0.2 for its parallel
+    (same tonic). mir_eval, and with it most published tables, counts only an estimate a fifth *above*; MIREX since 2017
+    either way: "both". KSEA (STONE): 1 for the key signature, 0.5 for one a fifth away, either way.
     """
-    weights = np.zeros((24, 24))
-    for true, estimated in product(range(24), repeat=2):
-        up = (estimated - true) % 12
-        if true // 12 == estimated // 12:
-            weights[true, estimated] = 1.0 if up == 0 else 0.5 if up == 7 or (both_ways and up == 5) else 0.0
-        else:
-            weights[true, estimated] = 0.2 if up == 0 else 0.3 if up == (9 if true < 12 else 3) else 0.0
-    return weights
+    true, estimated = np.arange(24)[:, None], np.arange(24)
+    up, signature = (estimated - true) % 12, (SIGNATURES[estimated] - SIGNATURES[true]) % 12      # (24, 24) semitones
+    mode = estimated // 12 == true // 12
+    weighted = np.where(mode, (up == 0) + 0.5 * (up == 7), 0.2 * (up == 0) + 0.3 * (signature == 0))
+    return {"weighted": weighted, "weighted (both)": weighted + 0.5 * (mode & (up == 5)), "accuracy": mode & (up == 0),
+            "KSEA": (signature == 0) + 0.5 * np.isin(signature, (5, 7)), "mode": mode}
 
 
-KEY_UP, KEY_BOTH = key_scores(False), key_scores(True)
-SIGNATURES = np.array([signature_of(key) for key in range(24)])
-
-
-def signature_score(estimate, truth):
-    """KSEA of STONE: 1 for the key signature, 0.5 for a fifth either way. estimate, truth (tracks,) signatures 0..11."""
-    off = (estimate - truth) % 12
-    return float(((off == 0) + 0.5 * ((off == 5) | (off == 7))).mean())
+KEY_SCORES = key_scores()
 
 
 def tag_scores(outputs, truth):
@@ -865,7 +865,7 @@ def tag_scores(outputs, truth):
     AUC: the chance that a track with the tag scores higher than one without, ties half. AP: sum of (R_n - R_n-1) P_n over
     the distinct thresholds, not interpolated.
     """
-    auc, precision = np.full(outputs.shape[1], np.nan), np.full(outputs.shape[1], np.nan)
+    auc, precision = np.full((2, outputs.shape[1]), np.nan)
     for t in range(outputs.shape[1]):
         order = np.argsort(-outputs[:, t], kind="stable")
         score, hit = outputs[order, t], truth[order, t] > 0.5
@@ -921,10 +921,7 @@ def pick_beats(activation, threshold):
 def metrics_of(kind, names):
     """{metric: function(outputs, truth)}; the first one also steers early stopping and the grid. names: classes, axes."""
     if kind == "key":
-        return {"weighted": lambda o, t: float(KEY_UP[t, o.argmax(axis=1)].mean()),
-                "weighted (both)": lambda o, t: float(KEY_BOTH[t, o.argmax(axis=1)].mean()), "accuracy": accuracy,
-                "KSEA": lambda o, t: signature_score(SIGNATURES[o.argmax(axis=1)], SIGNATURES[t]),
-                "mode": lambda o, t: float((o.argmax(axis=1) // 12 == t // 12).mean())}
+        return {name: lambda o, t, scores=scores: float(scores[t, o.argmax(axis=1)].mean()) for name, scores in KEY_SCORES.items()}
     if kind == "tags":
         mean = lambda values: float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else float("nan")
         return {"ROC-AUC": lambda o, t: mean(tag_scores(o, t)[0]), "AP": lambda o, t: mean(tag_scores(o, t)[1])}
@@ -936,8 +933,9 @@ def metrics_of(kind, names):
         return {"ACC1": lambda o, t: tempo_accuracy(bpm[o.argmax(axis=1)], bpm[t], (1,)),
                 "ACC2": lambda o, t: tempo_accuracy(bpm[o.argmax(axis=1)], bpm[t], (1, 2, 3, 1 / 2, 1 / 3))}
     if kind == "chords":  # counts (tracks, 2): frames right, frames with a label
-        return {"overlap": lambda c, _: float((c[c[:, 1] > 0, 0] / c[c[:, 1] > 0, 1]).mean()), "overlap (pooled)": lambda c, _: float(c[:, 0].sum() / c[:, 1].sum())}
-    if kind == "beats":
+        return {"overlap": lambda c, _: float((c[c[:, 1] > 0, 0] / c[c[:, 1] > 0, 1]).mean()),
+                "overlap (pooled)": lambda c, _: float(c[:, 0].sum() / c[:, 1].sum())}
+    if kind == "beats":  # counts (tracks, 3) of f_measure
         return {"F": lambda c, _: float(f_measure(c).mean()), "F (pooled)": lambda c, _: float(f_measure(c.sum(axis=0, keepdims=True))[0])}
     return {"accuracy": accuracy} | ({"class mean": class_mean_accuracy} if kind == "unbalanced" else {})
 
@@ -989,8 +987,8 @@ def group_splits(groups):
     part, splits = max(1, round(0.2 * len(names))), []
     for seed in range(SEEDS):
         order = np.roll(names, -round(seed * max(len(names), SEEDS) / SEEDS))
-        where = {name: 0 if i < part else 1 if i < 2 * part else 2 for i, name in enumerate(order)}
-        side = np.array([where[g] for g in groups])
+        place = {name: min(i // part, 2) for i, name in enumerate(order)}  # a part for the test, one for validation, the rest
+        side = np.array([place[g] for g in groups])                        # (items,)
         splits.append(tuple(np.flatnonzero(side == k) for k in (2, 1, 0)))
     return splits
 
@@ -1002,15 +1000,15 @@ def splits_of(tracks):
     fifth of its training groups.
     """
     parts = [t.split for t in tracks]
-    if all(part is None for part in parts):
+    if set(parts) <= {None}:
         return group_splits([t.group for t in tracks])
     if all(isinstance(part, int) for part in parts):
         folds, fold = sorted(set(parts)), np.array(parts)
         if len(folds) < 3:
             raise InputError(f"{len(folds)} fold(s) found; one to test on, one to validate on and some to train on are needed")
-        pairs = [(f, folds[(i + 1) % len(folds)]) for i, f in enumerate(folds)]
-        return [(np.flatnonzero((fold != f) & (fold != v)), np.flatnonzero(fold == v), np.flatnonzero(fold == f)) for f, v in pairs]
-    train, valid, test = (np.array([i for i, p in enumerate(parts) if p == name], dtype=int) for name in ("train", "valid", "test"))
+        return [(np.flatnonzero((fold != test) & (fold != valid)), np.flatnonzero(fold == valid), np.flatnonzero(fold == test))
+                for test, valid in zip(folds, folds[1:] + folds[:1])]
+    train, valid, test = (np.flatnonzero([part == name for part in parts]) for name in ("train", "valid", "test"))
     if len(valid) == 0:
         held = np.array([hashed(tracks[i].group, 5) == 0 for i in train], dtype=bool)
         train, valid = train[~held], train[held]
@@ -1275,7 +1273,7 @@ def print_confusion(outputs, truth, names, path):
     for name, row in zip(names, counts):
         print(f"{str(name):{label}}" + "".join(f"{n if n else '.':>{width}}" for n in row))
     if names is ALL_KEYS:
-        weight, up = KEY_BOTH[truth, estimate], (estimate - truth) % 12
+        weight, up = KEY_SCORES["weighted (both)"][truth, estimate], (estimate - truth) % 12
         relations = {"same": weight == 1, "fifth above": (weight == 0.5) & (up == 7), "fifth below": (weight == 0.5) & (up == 5),
                      "relative": weight == 0.3, "parallel": weight == 0.2, "other": weight == 0}
         print(", ".join(f"{name} {100 * hit.mean():.1f} %" for name, hit in relations.items()))
@@ -1680,10 +1678,9 @@ def synth_tracks(**parts):
 def read_keys(path):
     """{file: key 0..23, or None where it names no single one} of a CSV with the columns file,key. Raises InputError."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return {row["file"]: parse_key(row["key"] or "") for row in csv.DictReader(file)}
-    except (OSError, KeyError, TypeError, UnicodeDecodeError):
-        raise InputError(f"{path}: is not a readable CSV with the columns file,key") from None
+        return {row["file"]: parse_key(row["key"]) for row in read_table(path, errors="strict")}
+    except KeyError:
+        raise InputError(f"{path}: is not a CSV with the columns file,key") from None
 
 
 def below(path):

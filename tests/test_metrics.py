@@ -7,7 +7,7 @@ import torch
 
 import probe
 from data import InputError
-from probe import ALL_KEYS, FRAME_SECONDS, KEY_BOTH, KEY_UP, parse_chord, parse_key
+from probe import ALL_KEYS, FRAME_SECONDS, KEY_SCORES, parse_chord, parse_key
 
 
 # ---------------------------------------------------------------- keys
@@ -37,7 +37,7 @@ def test_key_names_come_back():
 
 @pytest.mark.parametrize("key, signature", [("C", 0), ("Am", 0), ("Em", 7), ("G", 7), ("Dm", 5), ("F#m", 9), ("Cm", 3), ("B", 11)])
 def test_relative_keys_share_a_signature(key, signature):
-    assert probe.signature_of(parse_key(key)) == signature
+    assert probe.SIGNATURES[parse_key(key)] == signature
 
 
 # ---------------------------------------------------------------- chords
@@ -158,8 +158,9 @@ def test_key_score(true, estimated, up, both):
 
 
 def test_swapping_truth_and_estimate_changes_the_ascending_score_only():
-    assert not np.array_equal(KEY_UP, KEY_UP.T) and np.array_equal(KEY_BOTH, KEY_BOTH.T)
-    assert KEY_UP.sum() == pytest.approx(24 * 2) and KEY_BOTH.sum() == pytest.approx(24 * 2.5)
+    up, both = KEY_SCORES["weighted"], KEY_SCORES["weighted (both)"]
+    assert not np.array_equal(up, up.T) and np.array_equal(both, both.T)
+    assert up.sum() == pytest.approx(24 * 2) and both.sum() == pytest.approx(24 * 2.5)
 
 
 def test_key_score_is_the_mean_over_tracks():
@@ -171,9 +172,9 @@ def test_key_score_is_the_mean_over_tracks():
 
 
 def test_ksea():
-    truth = np.zeros(5, int)
-    assert probe.signature_score(np.array([0, 7, 5, 2, 6]), truth) == pytest.approx(2 / 5)
-    assert probe.signature_score(np.array([3]), np.array([8])) == 0.5 == probe.signature_score(np.array([8]), np.array([3]))
+    ksea = probe.metrics_of("key", ALL_KEYS)["KSEA"]
+    assert ksea(one_hot([0, 7, 5, 2, 6], 24), np.zeros(5, int)) == pytest.approx(2 / 5)
+    assert ksea(one_hot([3], 24), np.array([8])) == 0.5 == ksea(one_hot([8], 24), np.array([3]))
 
 
 # ---------------------------------------------------------------- classes, tags, axes, tempo

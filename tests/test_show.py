@@ -278,7 +278,7 @@ def test_map_in_a_figure(excerpts, checkpoint, monkeypatch, drawing):  # noqa: F
 def test_names_of_signatures_follow_the_circle():
     for name, tonic in zip(probe.FIFTH_NAMES, probe.FIFTHS, strict=True):
         major, minor = name.split("/")
-        assert probe.parse_key(major) == tonic and probe.signature_of(probe.parse_key(f"{minor} minor")) == tonic
+        assert probe.parse_key(major) == tonic and probe.SIGNATURES[probe.parse_key(f"{minor} minor")] == tonic
 
 
 # ---------------------------------------------------------------- emergence
