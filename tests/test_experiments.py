@@ -1,0 +1,81 @@
+"""The scripts behind README's tables: what they change is what they say, and nothing else."""
+import json
+import sys
+
+import pytest
+import torch
+
+import ablations
+import curves
+import data
+import model
+import probe
+import train
+
+
+def frames_and_crops():
+    frames = torch.randint(0, 256, (3, 5, 31, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    frames[:, :, :3] = 0
+    return frames, torch.tensor([[3] * 5, [3] * 5, [9] * 5])
+
+
+@pytest.fixture
+def untouched(monkeypatch):
+    """What an ablation patches is as before after the test."""
+    for owner, name in ((train, "training_views"), (train, "WEIGHT_DECAY"), (model.Block, "forward")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+
+
+def test_jitter_moves_each_view_alike_at_all_times_and_leaves_silence(untouched):
+    frames, crops = frames_and_crops()
+    frames[:, :, 3:] = 128                                                 # no clipping: the change is the curve itself
+    plain = train.training_views(frames, crops)
+    ablations.CHANGES["jitter"]()
+    cqt, mel = train.training_views(frames, crops)
+    assert (cqt[:, :, :3] == 0).all() and (mel[2] == 0).all()
+    change = (cqt - plain[0])[:, :, 3:]                                    # (views, batch, frames, 84)
+    assert torch.equal(change, change[:, :, :1].expand_as(change)) and change.abs().max() > 0.05
+    assert (change[0, 0, 0] - change[1, 0, 0]).abs().max() > 0.01          # views of one piece differ
+    again = train.training_views(frames, crops)
+    assert torch.equal(cqt, again[0]) and torch.equal(mel, again[1])
+
+
+def test_mixing_adds_a_neighbour_in_the_background(untouched):
+    frames, crops = frames_and_crops()
+    plain = train.training_views(frames, crops)[0]
+    ablations.CHANGES["mixing"]()
+    cqt = train.training_views(frames, crops)[0]
+    assert (cqt >= plain - 1e-6).all() and (cqt <= torch.maximum(plain, plain.roll(1, dims=1) - 6 / 80 + 1e-6)).all()
+    mixed = (cqt != plain).flatten(2).any(dim=2)                           # (views, batch)
+    assert mixed.any() and not mixed.all() and torch.equal(mixed[0], mixed[1])
+
+
+def test_drop_path_skips_whole_items_in_training_only(untouched):
+    block, x = model.Block(16, 2), torch.randn(64, 3, 16)
+    torch.nn.init.normal_(block.out.weight)
+    expected = block(x)
+    ablations.CHANGES["drop-path"]()
+    block.eval()
+    assert torch.equal(block(x), expected)
+    block.train()
+    y = block(x)
+    skipped = (y == x).flatten(1).all(dim=1)
+    assert 0 < skipped.sum() < 32
+    torch.testing.assert_close(y[~skipped], (x + (expected - x) / 0.9)[~skipped])
+
+
+def test_a_run_watched_in_stages_is_the_run_left_alone(song_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data.prepare_folders([song_folder], "songs")
+    monkeypatch.setattr(probe, "synth_table", lambda model, device: ({"ntxent": {"retrieval": dict(mean=0.5)}, "raw": {"retrieval": dict(mean=0.1)}}, {}))
+    monkeypatch.setattr(probe, "pyplot", lambda: None)
+    flags = "--tokens skey,ntxent --preset small --device cpu --data songs --batch-size 4 --steps 4 --log-every 1 --out".split()
+    monkeypatch.setattr(sys, "argv", ["curves.py", "--held", "songs", "--at", "2,4", *flags, "watched"])
+    curves.main()
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "alone", "--no-probe"])
+    train.main()
+    watched, alone = (model.read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("watched", "alone"))
+    assert all(torch.equal(watched["model"][name], alone["model"][name]) for name in alone["model"])
+    found = json.loads((tmp_path / "watched" / "curves.json").read_text())
+    assert [stage["step"] for stage in found["stages"]] == [2, 4] and [line["step"] for line in found["log"]] == [1, 2, 3, 4]
+    assert all(stage["held_out"].keys() == {"skey", "ntxent"} and stage["probes"] == {"ntxent": {"retrieval": 0.5}} for stage in found["stages"])
