@@ -75,7 +75,7 @@ FRAME_SECONDS = HOP / SAMPLE_RATE
 # What a key and a chord are, data.py says above its songs. Both are numbers here: the tonic of a key, or the root of a chord, in
 # semitones above C (0..11), plus 12 for minor.
 KEY_NAMES = "C Db D Eb E F Gb G Ab A Bb B".split()
-ALL_KEYS = KEY_NAMES + [name.lower() for name in KEY_NAMES]  # index 0..23; minor keys in lower case
+ALL_KEYS = KEY_NAMES + "c c# d eb e f f# g g# a bb b".split()  # index 0..23; minor keys in lower case, spelled as in their major relatives
 # Tonic of the major key with the same seven notes, hence the same signature: A minor (21) -> C (0).
 SIGNATURES = np.array([*range(12), *((tonic + 3) % 12 for tonic in range(12))])
 
@@ -1918,8 +1918,9 @@ def print_synth(checkpoint, device):
 def name_of(probabilities):
     """'C major / A minor (93 %)' of 12 probabilities, 'A minor (88 %)' of 24."""
     best = probabilities.argmax().item()
-    relative = f" / {KEY_NAMES[(best + 9) % 12]} minor" if len(probabilities) == 12 else ""
-    return f"{KEY_NAMES[best % 12]} {'major' if best < 12 else 'minor'}{relative} ({100 * probabilities[best]:.0f} %)"
+    spoken = lambda key: f"{ALL_KEYS[key].capitalize()} {'major' if key < 12 else 'minor'}"
+    relative = f" / {spoken(12 + (best + 9) % 12)}" if len(probabilities) == 12 else ""
+    return f"{spoken(best)}{relative} ({100 * probabilities[best]:.0f} %)"
 
 
 def clock(seconds):
