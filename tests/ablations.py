@@ -4,10 +4,8 @@
     python tests/ablations.py plain-init                     ordinary random weights instead of equivariant at birth
     python tests/ablations.py jitter                         each view through an equaliser and at a level of its own
     python tests/ablations.py mixing                         half of the pieces have another one in the background
-    python tests/ablations.py drop-path                      a block is skipped for one item in ten
-    python tests/ablations.py decay                          five times the weight decay
 
-All flags of train.py are understood. README has the tables: the first two cost, the others do not pay at this scale.
+All flags of train.py are understood. README says what each did.
 """
 import sys
 from pathlib import Path
@@ -66,21 +64,8 @@ def mixing(frames, rng):
     return torch.maximum(frames, frames.roll(1, dims=1) - down[:, None, None])
 
 
-def drop_path():
-    whole = model.Block.forward
-
-    def forward(self, x):
-        kept = torch.rand(len(x), 1, 1, device=x.device) < 0.9
-        return torch.where(kept, x + (whole(self, x) - x) / 0.9, x) if self.training else whole(self, x)
-    model.Block.forward = forward
-
-
-def decay():
-    train.WEIGHT_DECAY = tuple(5 * value for value in train.WEIGHT_DECAY)
-
-
 CHANGES = {"mel-kept": mel_kept, "plain-init": plain_init, "jitter": lambda: change_frames(jitter),
-           "mixing": lambda: change_frames(mixing), "drop-path": drop_path, "decay": decay}
+           "mixing": lambda: change_frames(mixing)}
 
 if __name__ == "__main__":
     choice = sys.argv.pop(1) if len(sys.argv) > 1 else ""
