@@ -1,4 +1,4 @@
-"""Design choices taken back, and regularisers tried: train.py with one thing changed, everything else alike.
+"""Design choices taken back, and regularisers to try: train.py with one thing changed, everything else alike.
 
     python tests/ablations.py mel-kept --out out/mel-kept    the transposed view hears its mel
     python tests/ablations.py plain-init                     ordinary random weights instead of equivariant at birth
