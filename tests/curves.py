@@ -61,7 +61,9 @@ def main():
     parser.add_argument("--held", required=True)
     parser.add_argument("--at", required=True, help="steps after which to look, the last one that of --steps")
     own, rest = parser.parse_known_args()
-    out, held, stages = Path(train.parse_args(rest).out), data.open_data([own.held]), []
+    args, stages = train.parse_args(rest), []
+    out, size = Path(args.out), args.batch_size or train.PRESETS[args.preset or "small"]["batch_size"]
+    segments = data.Segments(data.open_data([own.held]), size)             # before hours of training: it may be too little music
     for step in map(int, own.at.split(",")):
         args = train.parse_args([*rest, "--no-probe", "--stop-at", str(step), *(["--resume"] if stages else [])])
         train.train(args)
@@ -71,7 +73,6 @@ def main():
         shown = {(model.key_token(), "key sig. 0-shot"), (model.key_token(), "key @512"), (model.tokens[-1], "instrument @512"),
                  (model.tokens[-1], "retrieval"), ("sequence mean", "chord")}
         probes = {row: {column: cell["mean"] for column, cell in cells.items() if (row, column) in shown} for row, cells in results.items()}
-        segments = data.Segments(held, args.batch_size)
         stages.append(dict(step=step, held_out=held_out_losses(model, segments, args, device), probes={row: c for row, c in probes.items() if c}))
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         data.write_atomic(out / "curves.json", json.dumps(dict(stages=stages, log=log)).encode())
