@@ -39,17 +39,15 @@ def change_frames(change):
     plain = train.training_views
 
     def views(frames, crops):
-        rng = np.random.default_rng(frames[0, 0, 0].cpu().numpy())               # drawn from the batch: a resumed run draws the same
-        return plain((change(frames.float() / 255, rng).clamp(0, 1) * 255), crops)
+        rng = np.random.default_rng(frames[0, 0, 0].cpu().numpy())         # drawn from the batch: a resumed run draws the same
+        return plain(change(frames.float() / 255, rng).clamp(0, 1) * 255, crops)
     train.training_views = views
 
 
 def jitter(frames, rng):
     """A smooth curve over frequency (cosines of 4, 3, 2 and 2 dB) and a level within 6 dB, another for each view; silence stays."""
-    cqt = np.arange(data.N_BINS) / data.N_BINS                             # octaves above 27.5 Hz, 0..1
-    to_mel = np.linspace(0, 15 + 27 * np.log(8) / np.log(6.4), data.N_MELS)  # Slaney's scale
-    hertz = np.where(to_mel < 15, to_mel * 200 / 3, 1000 * 6.4 ** ((to_mel - 15) / 27))
-    place = np.concatenate([cqt, np.log2(np.maximum(hertz, data.FMIN) / data.FMIN) / 8])
+    mel = data.Mel().filters.argmax(dim=1).numpy() * data.SAMPLE_RATE / data.N_FFT  # (128,) Hz, where each band hears most
+    place = np.concatenate([np.arange(data.N_BINS) / data.BINS_PER_OCTAVE, np.log2(np.maximum(mel, data.FMIN) / data.FMIN)]) / 8  # 0..1 over 8 octaves
     shape, waves = frames.shape[:2], np.arange(1, 5)[:, None]
     size, phase = rng.normal(0, [4, 3, 2, 2], (*shape, 4)), rng.uniform(0, 2 * np.pi, (*shape, 4))
     decibels = (size[..., None] * np.cos(np.pi * waves * place + phase[..., None])).sum(axis=2) + rng.uniform(-6, 6, (*shape, 1))

@@ -70,10 +70,11 @@ def main():
         device = train.pick_device(args.device)
         model = load_checkpoint(out / "checkpoint.pt", device)
         results, _ = probe.synth_table(model, device)
-        shown = {(model.key_token(), "key sig. 0-shot"), (model.key_token(), "key @512"), (model.tokens[-1], "instrument @512"),
-                 (model.tokens[-1], "retrieval"), ("sequence mean", "chord")}
-        probes = {row: {column: cell["mean"] for column, cell in cells.items() if (row, column) in shown} for row, cells in results.items()}
-        stages.append(dict(step=step, held_out=held_out_losses(model, segments, args, device), probes={row: c for row, c in probes.items() if c}))
+        shown = {name: ("instrument @512", "retrieval") for name in model.tokens}
+        shown |= {model.key_token(): ("key sig. 0-shot", "key @512"), "sequence mean": ("chord",)}
+        probes = {row: {column: results[row][column]["mean"] for column in columns if column in results[row]}
+                  for row, columns in shown.items() if row in results}
+        stages.append(dict(step=step, held_out=held_out_losses(model, segments, args, device), probes=probes))
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         data.write_atomic(out / "curves.json", json.dumps(dict(stages=stages, log=log)).encode())
         print(json.dumps(stages[-1]))
