@@ -851,7 +851,7 @@ class Segments:
                              f"use --batch-size {len(self.pieces)} or less, or add music")
         self.chance = None                                                                         # (pieces,), or None: all alike
         if mix:
-            if len(mix) != len(stores) or min(mix) <= 0:
+            if len(mix) != len(stores) or not all(0 < share < np.inf for share in mix):
                 raise InputError(f"--mix: give one share above 0 for each of the {len(stores)} sources of --data")
             store_of = self.pieces[:, 0]                                                           # (pieces,)
             weight = (np.array(mix) / np.bincount(store_of, minlength=len(stores)).clip(1))[store_of]

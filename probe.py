@@ -555,7 +555,9 @@ def extract(model, tracks, device, layers=None, per_frame=False, progress=None):
             layers, first = layers or [model.config["depth"]], model.class_token_count
             with autocast(device):
                 inside = [model(cqt, mel, layers=layers, patch=patch)[1] for patch in range(len(model.patches))]
-            every = [torch.stack([x[layer].float() for layer in layers], dim=1) for x in inside]  # (n, layers, tokens + sequence, dim) each
+            # An inner layer passes the final norm too (DINO): what is played, not how loud.
+            normed = lambda x, layer: (x if layer == model.config["depth"] else model.norm(x)).float()
+            every = [torch.stack([normed(x[layer], layer) for layer in layers], dim=1) for x in inside]  # (n, layers, tokens + sequence, dim) each
             if per_frame:
                 frames = [frame_tokens(x[:, :, first:], size, windows.shape[1]) for x, size in zip(every, model.patches)]
                 found = {"sequence": torch.cat(frames, dim=-1).transpose(1, 2)}           # (n, frames, layers, dim)
@@ -1072,6 +1074,13 @@ def cells_of(metrics, outputs, truths, shared):
     return cells
 
 
+def families(rows):
+    """{a row that takes, in each seed, what is best on validation: the rows to choose from}, one of each network with several."""
+    found = {"chosen on validation": [name for name in rows if name != "raw" and not name.startswith("untrained ")],
+             "untrained, chosen": [name for name in rows if name.startswith("untrained ")]}
+    return {chosen: names for chosen, names in found.items() if len(names) > 1}
+
+
 def probe_global(rows, owner, tracks, targets, grid, shares):
     """Probe every row on every target: one answer a track.
 
@@ -1081,7 +1090,7 @@ def probe_global(rows, owner, tracks, targets, grid, shares):
     """
     splits = splits_of(tracks)
     shared = share_test(splits)
-    results, chance, remarks, predictions = {name: {} for name in rows}, {}, [], {}
+    results, chance, remarks, predictions = {name: {} for name in (*rows, *families(rows))}, {}, [], {}
     bar = tqdm(total=len(rows) * len(targets), desc="probes", unit="row")
     for target, kind in targets.items():
         y, names = encode(tracks, target, kind)
@@ -1096,6 +1105,7 @@ def probe_global(rows, owner, tracks, targets, grid, shares):
         column, steer = next(iter(metrics.items()))
         score = lambda outputs, numbers: steer(outputs.numpy(), y[numbers].numpy())
         constant = [constant_outputs(y, train, len(test)) for train, _, test in splits]
+        seeds, said = range(len(splits)), {}                               # said {row: per seed (score on validation, outputs on test)}
         chance |= {metric: float(np.mean([function(o, t) for o, t in zip(constant, truths)])) for metric, function in metrics.items()}
         for name, x in rows.items():
             winners = [LINEAR] * len(splits)
@@ -1104,15 +1114,19 @@ def probe_global(rows, owner, tracks, targets, grid, shares):
                 remarks += [f"{name}, {target}: " + ", ".join(f"{k} {v}" for k, v in winner.items()) for winner in winners]
                 winners = winners * (len(splits) // len(winners))
             runs = [dict(winner, seed=seed, train=train, valid=valid) for seed, (winner, (train, valid, _)) in enumerate(zip(winners, splits))]
-            outputs = [head(x, owner, test).numpy() for head, (_, _, test) in zip(fit(x, owner, y, kind, runs, score), splits)]
-            predictions[name, target] = outputs[0], truths[0], names
-            results[name] |= cells_of(metrics, outputs, truths, shared)
+            said[name] = [(head.score, head(x, owner, test).numpy()) for head, (_, _, test) in zip(fit(x, owner, y, kind, runs, score), splits)]
+            predictions[name, target] = said[name][0][1], truths[0], names
+            results[name] |= cells_of(metrics, [outputs for _, outputs in said[name]], truths, shared)
             for share in shares:
                 four = [(draw, runs[draw % len(runs)], splits[draw % len(splits)][2]) for draw in range(4)]
                 fewer = [dict(run, seed=draw, train=labelled_part(run["train"], y, share, draw)) for draw, run, _ in four]
                 scores = [score(head(x, owner, test), test) for head, (_, _, test) in zip(fit(x, owner, y, kind, fewer, score), four)]
                 results[name][f"{column} @{100 * share:g} %"] = mean_of(scores)
             bar.update()
+        for chosen, candidates in families(rows).items():
+            best = [max(candidates, key=lambda name: said[name][seed][0]) for seed in seeds]
+            results[chosen] |= cells_of(metrics, [said[name][seed][1] for seed, name in zip(seeds, best)], truths, shared)
+            remarks.append(f"{chosen}, {target}: {', '.join(best)}")
     bar.close()
     return results, chance, remarks, predictions
 

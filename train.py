@@ -274,9 +274,9 @@ def postponed_interrupts():
         signal.signal(signal.SIGINT, handler)
 
 
-def shares(text):
+def numbers(text):
     """'3,1' -> [3.0, 1.0]."""
-    return [float(share) for share in text.split(",")]
+    return [float(number) for number in text.split(",")]
 
 
 def parse_args(argv=None):
@@ -284,7 +284,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("what to learn, from what")
     group.add_argument("--tokens", help=f"pretext tasks, one class token each: any of {', '.join(PRETEXT)}")
     group.add_argument("--data", nargs="+", default=["synth"], help="folders of music or frame stores; synth: the embedded songs")
-    group.add_argument("--mix", type=shares, help="how often each source of --data is drawn from, as shares: 3,1 (default: by the piece)")
+    group.add_argument("--mix", type=numbers, help="how often each source of --data is drawn from, as shares: 3,1 (default: by the piece)")
     group.add_argument("--labels-csv", help="CSV with columns file,key: labels that the token tone learns from")
     group.add_argument("--out", default="out/mt2", help="run folder")
     group = parser.add_argument_group("size and length (defaults from the preset)")
@@ -299,6 +299,7 @@ def parse_args(argv=None):
     group.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises (our choice)")
     group.add_argument("--clip", type=float, default=3.0, help="largest norm of the whole gradient (STONE: 3.0 per tensor)")
     group.add_argument("--omega", default="7,1", help="circles on which CPSD is measured and averaged: 7 fifths, 1 semitones")
+    group.add_argument("--weights", type=numbers, help="weight of each token's loss in the sum: 1,0.3 (default: 1 each, our choice; MT2 unknown)")
     group.add_argument("--seed", type=int, default=0, help="decides initial weights, batches, crops and masks")
     group = parser.add_argument_group("running")
     group.add_argument("--device", help="cuda, mps or cpu; found when not given")
@@ -313,7 +314,7 @@ def parse_args(argv=None):
 
 # What a checkpoint fixes: --resume takes these from it.
 SETTINGS = dict(tokens=str, data=list, preset=str, steps=int, batch_size=int, mask=float, patch=str, pool=str, lr=float, warmup=float,
-                clip=float, omega=str, seed=int, mix=(list, type(None)), labels_csv=(str, type(None)))
+                clip=float, omega=str, seed=int, mix=(list, type(None)), weights=(list, type(None)), labels_csv=(str, type(None)))
 
 
 def settle(args, device, ranks):
@@ -329,10 +330,10 @@ def settle(args, device, ranks):
         asked = parse_args([]).__dict__
         for name in SETTINGS:
             given = getattr(args, name)
-            if given not in (asked[name], saved[name]):
-                raise InputError(f"{path}: was trained with --{name.replace('_', '-')} {saved[name]}, not {given}; "
+            if given not in (asked[name], saved.get(name)):
+                raise InputError(f"{path}: was trained with --{name.replace('_', '-')} {saved.get(name)}, not {given}; "
                                  "drop the flag, or start anew in another --out")
-            setattr(args, name, saved[name])
+            setattr(args, name, saved.get(name))
     elif path.exists():
         raise InputError(f"{path}: exists; go on with --resume, or choose another --out")
     args.preset = args.preset or ("mt2" if device.type == "cuda" else "small")
@@ -373,6 +374,8 @@ def set_up(args, device, ranks):
         raise InputError(f"--tokens, --patch or --pool: {error}") from None
     for name in {"cpsd", "skey", "tone"} & set(tokens):
         model.heads[name].omegas = tuple(int(o) for o in args.omega.split(","))
+    if args.weights and (len(args.weights) != len(tokens) or not all(0 < weight < math.inf for weight in args.weights)):
+        raise InputError(f"--weights: give one number above 0 for each of the {len(tokens)} tokens of --tokens {args.tokens}")
     if args.labels_csv and "tone" not in tokens:
         raise InputError(f"--labels-csv: only the token tone learns from labels; --tokens is {args.tokens}")
     print(f"device {device}, preset {args.preset}; {pick_amp(device)[1]}; torch.compile {'on' if args.compile else 'off'}")
@@ -409,6 +412,7 @@ def train(args):
         dist.barrier(first)
 
     out, stop = Path(args.out), max(start, min(args.steps, args.stop_at or args.steps))
+    weights = args.weights or [1.0] * len(model.tokens)
     path, settings = out / "checkpoint.pt", {name: getattr(args, name) for name in SETTINGS}
     views = max(task.views for task in model.heads.values())
     share = slice(rank * args.batch_size // ranks, (rank + 1) * args.batch_size // ranks)
@@ -424,7 +428,7 @@ def train(args):
 
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 losses, logs, seen = losses_of(model, teacher, batch)
-            total = sum(losses.values())                                   # weights 1 : 1 (our choice; MT2 unknown)
+            total = sum(weight * loss for weight, loss in zip(weights, losses.values()))
 
             optimizer.zero_grad(set_to_none=True)
             total.backward()

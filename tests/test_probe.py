@@ -73,6 +73,7 @@ def network(tokens=("cpsd", "ntxent"), seed=1, depth=2, **config):
         for block in made.blocks:
             torch.nn.init.xavier_uniform_(block.out.weight)
             torch.nn.init.xavier_uniform_(block.mlp[-1].weight)
+        made.norm.weight.copy_(torch.linspace(0.5, 1.5, len(made.norm.weight)))
     return made
 
 
@@ -93,9 +94,10 @@ def songs(tmp_path, monkeypatch):
 
 
 def by_hand(net, frames, layer):
-    """All tokens of one window, straight from the network: (tokens + frames, dim)."""
+    """All tokens of one window, straight from the network, inner layers through the final norm: (tokens + frames, dim)."""
     with torch.no_grad():
-        return net(*probe.views_of(torch.from_numpy(frames)[None], "cpu"), layers=[layer])[1][layer][0]
+        tokens = net(*probe.views_of(torch.from_numpy(frames)[None], "cpu"), layers=[layer])[1][layer][0]
+        return tokens if layer == len(net.blocks) else net.norm(tokens)
 
 
 def test_extract_takes_tokens_and_the_mean_of_the_frames():
@@ -128,7 +130,7 @@ def test_a_frame_of_a_patch_network_has_the_mean_of_the_patches_above_each_other
     for window, rows in ((tracks[0][:126], found[:126]), (tracks[0][126:], found[126:130]), (tracks[1], found[130:])):
         for patch, (bands, width) in enumerate(((16, 16), (128, 2))):
             with torch.no_grad():
-                every = net(*probe.views_of(torch.from_numpy(window)[None], "cpu"), layers=[1], patch=patch)[1][1][0, 1:]
+                every = net.norm(net(*probe.views_of(torch.from_numpy(window)[None], "cpu"), layers=[1], patch=patch)[1][1][0, 1:])
             tall = 128 // bands
             expected = torch.stack([every[tall * c:tall * c + tall].mean(dim=0) for c in (min(f // width, len(every) // tall - 1) for f in range(len(window)))])
             same(rows[:, 24 * patch:24 * patch + 24], expected, 3e-3)
@@ -605,7 +607,8 @@ def test_probe_global_scores_every_row_metric_and_share(monkeypatch):
     part = {0: "test", 1: "valid"}
     tracks = [Track(f"{i}", None, {"genre": "abc"[c]}, part.get(i // 3 % 4, "train"), f"{i}") for i, c in enumerate(y.tolist())]
     results, chance, remarks, predictions = probe.probe_global({"good": x * 5, "bad": x * 0}, owner, tracks, {"genre": "unbalanced"}, False, [0.25])
-    assert list(results) == ["good", "bad"] and list(results["good"]) == ["accuracy", "class mean", "accuracy @25 %"] and remarks == ["genre: 3 classes"]
+    assert list(results) == ["good", "bad", "chosen on validation"] and list(results["good"]) == ["accuracy", "class mean", "accuracy @25 %"]
+    assert remarks == ["genre: 3 classes", "chosen on validation, genre: " + ", ".join(["good"] * 5)]
     good, bad = results["good"]["accuracy"], results["bad"]["accuracy"]
     assert len(good["scores"]) == 5 and good["mean"] > 0.9 > bad["mean"] and good["interval"][0] <= good["scores"][0] <= good["interval"][1]
     assert len(results["good"]["accuracy @25 %"]["scores"]) == 4 and "interval" not in results["good"]["class mean"]
@@ -613,6 +616,22 @@ def test_probe_global_scores_every_row_metric_and_share(monkeypatch):
     known, valid, _ = probe.splits_of(tracks)[0]
     assert len(asked) == 2 * (5 + 4) and all({*r["train"]} <= {*known} and {*r["valid"]} == {*valid} for r in asked)
     assert names == ["a", "b", "c"] and chance["class mean"] == pytest.approx(1 / 3) and probe.accuracy(outputs, truth) == good["scores"][0]
+
+
+def test_a_row_is_chosen_by_validation_and_not_by_the_test(monkeypatch):
+    """Features that know train and validation and nothing of the test are chosen, and pay for it; untrained rows have a choice of their own."""
+    quick_fit(monkeypatch, steps=256)
+    x, owner, y, _, _ = problem(tracks=50, spread=0.5)
+    part = {0: "test", 1: "valid"}
+    tracks = [Track(f"{i}", None, {"genre": "abc"[c]}, part.get(i // 3 % 4, "train"), f"{i}") for i, c in enumerate(y.tolist())]
+    false, noise = x.clone(), torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    tested = np.isin(owner, np.flatnonzero([t.split == "test" for t in tracks]))
+    false[tested] = noise[tested].to(x.dtype)
+    rows = {"false": 5 * false, "honest": x + noise, "untrained a": noise, "untrained b": 5 * x, "raw": 9 * x}
+    results, _, remarks, _ = probe.probe_global(rows, owner, tracks, {"genre": "class"}, False, [])
+    assert results["false"]["accuracy"]["mean"] < results["honest"]["accuracy"]["mean"]
+    assert results["chosen on validation"] == results["false"] and results["untrained, chosen"] == results["untrained b"]
+    assert remarks[1:] == ["chosen on validation, genre: " + ", ".join(["false"] * 5), "untrained, chosen, genre: " + ", ".join(["untrained b"] * 5)]
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ import model
 import probe
 
 ROWS = ["cpsd", "ntxent", "average", "concat", "sequence mean", "all tokens mean"]
-ALL_ROWS = [*ROWS, *(f"untrained {name}" for name in ROWS), "raw"]
+FEATURES = [*ROWS, *(f"untrained {name}" for name in ROWS), "raw"]
+ALL_ROWS = [*FEATURES, "chosen on validation", "untrained, chosen"]
 
 # ---------------------------------------------------------------- readers: names, paths, labels, splits, groups
 
@@ -637,14 +638,15 @@ def test_layers_labels_rows_and_confusion(gtzan, run, written):
     """A row per layer and readout; four draws of a share of the labels; one matrix whose counts are the test tracks."""
     out = run("gtzan", "--data", gtzan[0], "--layers", "all", "--labels", "0.5", "--confusion", "cpsd L1", "--rows", "cpsd L0,cpsd L1,untrained concat L0,raw")
     result = written("gtzan")
-    assert list(result["rows"]) == ["cpsd L0", "cpsd L1", "untrained concat L0", "raw"] and columns(result) == ["accuracy", "accuracy @50 %"]
+    assert list(result["rows"]) == ["cpsd L0", "cpsd L1", "untrained concat L0", "raw", "chosen on validation"] and columns(result) == ["accuracy", "accuracy @50 %"]
+    assert result["rows"].pop("chosen on validation").keys() == {"accuracy"}
     assert all(len(row["accuracy @50 %"]["scores"]) == 4 and len(row["accuracy"]["scores"]) == 5 for row in result["rows"].values())
     matrix = out[re.search(r"\n +blu +jaz +roc\n", out).end():].splitlines()[:3]
     assert [line.split()[0] for line in matrix] == ["blues", "jazz", "rock"]
     assert [sum(int(n) for n in line.split()[1:] if n != ".") for line in matrix] == [2, 2, 1]
     run("gtzan", "--data", gtzan[0], "--layers", "all", "--save-features", "layers.npz", "--rows", "raw")
     with np.load("layers.npz") as saved:
-        assert {"cpsd_L0", "cpsd_L1", "untrained_all_tokens_mean_L0", "raw"} <= set(saved) and not np.array_equal(saved["cpsd_L0"], saved["cpsd_L1"])
+        assert {"cpsd_L0", "cpsd_L1", "untrained_all_tokens_mean_L0", "raw"} <= set(saved) and not np.array_equal(saved["cpsd_L0"], saved["ntxent_L0"])
 
 
 @pytest.mark.parametrize("words", [("--rows", "cpsd,best"), ("--layers", "2"), ("--layers", "last"), ("--labels", "2"), ("--confusion", "best")])
@@ -668,7 +670,7 @@ def test_saved_features_give_the_same_score(gtzan, run, written, lab):
     with np.load(lab / "mine.npz") as saved:
         assert saved["features"].shape == (len(saved["track"]), 48) and np.array_equal(saved["features"], saved["concat"])
         assert Counter(saved["track"]) == {name: max(1, frames // data.SEGMENT) for name, frames in gtzan[1].items()}
-        assert {name.replace(" ", "_") for name in ALL_ROWS} | {"features", "track"} == set(saved)
+        assert {name.replace(" ", "_") for name in FEATURES} | {"features", "track"} == set(saved)
     rows = written("gtzan")["rows"]
     assert "`features` is concat" in out
     again = run("gtzan", "--data", gtzan[0], "--features", "mine.npz")
@@ -875,7 +877,10 @@ def test_interval_of_folds_is_of_all_folds(monkeypatch):
     """Folds whose labels happen to read alike are still other tracks: with one fold right and three wrong the mean is inside."""
     tracks = [probe.Track(str(i), None, {"c": "abc"[i % 3]}, i // 3, str(i)) for i in range(12)]
     x = torch.eye(3)[[i % 3 if i < 3 else (i + 1) % 3 for i in range(12)]]
-    monkeypatch.setattr(probe, "fit", lambda x, owner, y, kind, runs, *_, **__: [lambda x, owner, tracks: x[tracks]] * len(runs))
+    class Given:
+        score = 0.0
+        __call__ = lambda self, x, owner, tracks: x[tracks]
+    monkeypatch.setattr(probe, "fit", lambda x, owner, y, kind, runs, *_, **__: [Given()] * len(runs))
     cell = probe.probe_global({"raw": x}, np.arange(12), tracks, {"c": "class"}, False, [])[0]["raw"]["accuracy"]
     assert cell["scores"] == [1, 0, 0, 0] and cell["interval"][0] <= 0.25 <= cell["interval"][1]
 

@@ -109,6 +109,31 @@ def test_interrupt_leaves_a_checkpoint_that_goes_on(store, tmp_path, monkeypatch
     assert same(*(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in "ab"))
 
 
+def test_weights_belong_to_their_tokens_and_survive_a_resume(store, tmp_path, monkeypatch, capsys):
+    """--weights 2,0.5: the gradient is that of 2 cpsd + 0.5 ntxent, at its first step seen through its norm."""
+    norms = {}
+    for name, flags in (("both", []), ("first", ["--weights", "2,1e-9"]), ("second", ["--weights", "1e-9,0.5"]), ("pair", ["--weights", "2,0.5"])):
+        run(monkeypatch, "--data", store, "--batch-size", 4, "--steps", 4, "--stop-at", 1, "--out", tmp_path / name, *flags)
+        norms[name] = json.loads((tmp_path / name / "log.jsonl").read_text())["grad_norm"]
+    assert len(set(norms.values())) == 4
+
+    # The same by hand, with the batch and the first weights of that run.
+    torch.manual_seed(0)
+    network = model.MT2(("cpsd", "ntxent"), 128, 4, 2)
+    batch = train.make_batch(data.Segments(data.open_data([store]), 4), network, 0, 0, 3, 0.75, 4, torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16, enabled=model.pick_amp(torch.device("cpu"))[0]):
+        both = train.training_losses(network, None, batch)[0]
+    for name, (a, b) in dict(both=(1, 1), first=(2, 0), second=(0, 0.5), pair=(2, 0.5)).items():
+        grads = torch.autograd.grad(a * both["cpsd"] + b * both["ntxent"], list(network.parameters()), retain_graph=True, allow_unused=True)
+        assert norms[name] == pytest.approx(torch.cat([g.flatten() for g in grads if g is not None]).norm().item(), rel=1e-3)
+
+    run(monkeypatch, "--out", tmp_path / "pair", "--resume", "--stop-at", 2)
+    assert torch.load(tmp_path / "pair" / "checkpoint.pt", weights_only=True)["settings"]["weights"] == [2.0, 0.5]
+    assert "--weights" in refused(monkeypatch, capsys, "--out", tmp_path / "pair", "--resume", "--weights", "1,1")
+    for wrong in ("1", "1,0", "1,-1", "1,nan", "1,2,3", "inf,1"):
+        assert "--weights" in refused(monkeypatch, capsys, "--data", store, "--weights", wrong, "--out", tmp_path / "wrong")
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(store, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     run(monkeypatch, "--data", store, "--batch-size", 4, "--steps", 4, "--out", out, "--stop-at", 2)
@@ -177,7 +202,7 @@ def test_a_config_that_does_not_fit_the_file_takes_no_memory(config, state, tmp_
                                     lambda c: c["settings"].update(preset="huge"), lambda c: c["settings"].update(tokens=None),
                                     lambda c: c["settings"].update(batch_size="4"), lambda c: c["settings"].update(tokens="cpsd"),
                                     lambda c: c["settings"].update(preset="mt2"), lambda c: c["settings"].update(mask=float("nan")),
-                                    lambda c: c["model"].pop("norm.weight"), lambda c: c["optimizer"].pop("param_groups"),
+                                    lambda c: c["settings"].update(weights="1,1"), lambda c: c["model"].pop("norm.weight"), lambda c: c["optimizer"].pop("param_groups"),
                                     lambda c: c["optimizer"]["param_groups"].pop(), lambda c: c.update(model=None)])
 def test_resuming_a_foreign_checkpoint_is_one_line(change, foreign, monkeypatch, capsys):
     checkpoint = torch.load(foreign / "checkpoint.pt", weights_only=True)
