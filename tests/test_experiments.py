@@ -1,13 +1,16 @@
 """The scripts behind README's tables: what they change is what they say, and nothing else."""
 import json
+import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 import ablations
 import curves
 import data
+import duplicates
 import model
 import probe
 import train
@@ -64,3 +67,29 @@ def test_a_run_watched_in_stages_is_the_run_left_alone(song_folder, tmp_path, mo
     found = json.loads((tmp_path / "watched" / "curves.json").read_text())
     assert [stage["step"] for stage in found["stages"]] == [2, 4] and [line["step"] for line in found["log"]] == [1, 2, 3, 4]
     assert all(stage["held_out"].keys() == {"skey", "ntxent"} and stage["probes"] == {"ntxent": {"retrieval": 0.5}} for stage in found["stages"])
+
+
+def test_likeness_is_the_mean_best_cosine_both_ways():
+    """Against two loops; a track that is an excerpt of another is nearer to it than to any other."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(12, 8, generator=generator), dim=1)
+    x[9:] = x[2:5]                                                         # track 3 is a part of track 1
+    owner = np.repeat([0, 1, 2, 3], [2, 4, 3, 3])
+    found = duplicates.likeness(x, owner)
+    for i in range(4):
+        for j in range(4):
+            one_way = lambda a, b: np.mean([max(float(u @ v) for v in x[owner == b]) for u in x[owner == a]])
+            assert found[i, j] == pytest.approx((one_way(i, j) + one_way(j, i)) / 2, abs=1e-5)
+    assert found[3].argsort()[-2] == 1
+
+
+def test_duplicates_prints_the_pairs_of_all_folders(song_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    songs = data.prepare_folders([song_folder], "songs")
+    shutil.copytree("songs", "again")
+    network = model.MT2(dim=24, depth=1, heads=2)
+    torch.save(dict(config=network.config, model=network.state_dict()), "checkpoint.pt")
+    monkeypatch.setattr(sys, "argv", ["duplicates.py", "songs", "again", "--checkpoint", "checkpoint.pt", "--top", str(len(songs.paths))])
+    duplicates.main()
+    pairs = [line.split("  ") for line in capsys.readouterr().out.splitlines()[-len(songs.paths):]]
+    assert len(pairs) == len(songs.paths) and all(first == second and float(alike) > 0.999 for alike, first, second in pairs)
