@@ -204,7 +204,8 @@ def load_checkpoint(path, device="cpu"):
             raise ValueError
         with torch.device("meta"):
             wanted = {name: (t.shape, t.dtype, torch.device("cpu"), True) for name, t in MT2(**config).state_dict().items()}
-        if wanted != {name: (t.shape, t.dtype, t.device, t.is_contiguous()) for name, t in state.items()}:
+        single = lambda dtype: torch.float32 if dtype == torch.float16 else dtype  # weights that are passed on may be rounded to half
+        if wanted != {name: (t.shape, single(t.dtype), t.device, t.is_contiguous()) for name, t in state.items()}:
             raise ValueError
         if not all(t.isfinite().all() for t in state.values()):
             raise InputError(f"{path}: holds weights that are not finite; train anew with a lower --lr")

@@ -1246,12 +1246,17 @@ def print_table(title, results, chance, task=None):
         print(f"  *{note} published, not ours and another protocol: {FOOTNOTES[note]}")
 
 
+def beside(source, name):
+    """Where a file about a network or features belongs: in their folder. What is said of the weights that come along goes to out/."""
+    return (Path("out") if Path(source) == SHIPPED else Path(source).parent) / name
+
+
 def publish(source, name, title, results, chance, remarks=(), task=None):
     """Print a table and its remarks, and write its title, rows and chance to probe-NAME.json beside `source`, the network or features judged."""
     print_table(title, results, chance, task)
     for remark in remarks:
         print(remark)
-    path = Path(source).with_name(f"probe-{name}.json")
+    path = beside(source, f"probe-{name}.json")
     write_atomic(path, json.dumps(dict(title=title, rows=results, chance=chance), indent=1).encode())
     print(f"written to {path}")
 
@@ -1658,15 +1663,18 @@ def emergence(model, store, numbers, tracks, device):
 EMERGENCE_SONGS = dict(train=64, valid=16, test=32)  # enough to compare layers in a minute (our choice)
 
 
+SHIPPED = Path(__file__).resolve().parent / "tests" / "weights" / "mt2.pt"
+
+
 def checkpoint_of(args):
-    """The checkpoint that a command names, or the one written last below out/. Raises InputError when there is none."""
+    """The checkpoint that a command names, or the one written last below out/, or the weights that come along. Raises InputError when there is none."""
     if args.checkpoint:
         return args.checkpoint
     newest = max(Path("out").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime, default=None)
-    if newest is None:
+    if newest is None and not SHIPPED.exists():
         raise InputError("no run in out/; train one with: python train.py, or name a file with --checkpoint")
-    print(f"checkpoint {newest}")
-    return newest
+    print(f"checkpoint {newest}" if newest else f"no run in out/: listening with {SHIPPED}, see the model card in README")
+    return newest or SHIPPED
 
 
 def open_frames_model(args, checkpoint):
@@ -1864,7 +1872,7 @@ def run_task(args):
     publish(source, f"{name}{'-grid' if args.grid else ''}", title, results, chance, remarks + ([speed] if speed else []), args.task)
     for (row, target), prediction in predictions.items():
         if row == args.confusion:
-            print_confusion(*prediction, Path(source).with_name(f"confusion-{name}-{target}.png"))
+            print_confusion(*prediction, beside(source, f"confusion-{name}-{target}.png"))
 
 
 def print_list():

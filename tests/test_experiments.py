@@ -13,6 +13,7 @@ import data
 import duplicates
 import model
 import probe
+import publish
 import train
 
 
@@ -93,3 +94,22 @@ def test_duplicates_prints_the_pairs_of_all_folders(song_folder, tmp_path, monke
     duplicates.main()
     pairs = [line.split("  ") for line in capsys.readouterr().out.splitlines()[-len(songs.paths):]]
     assert len(pairs) == len(songs.paths) and all(first == second and float(alike) > 0.999 for alike, first, second in pairs)
+
+
+def test_published_weights_are_the_network_rounded_to_half(tmp_path, monkeypatch, capsys):
+    """A file without an optimiser that loads like a checkpoint; what is too large for a repository is refused."""
+    monkeypatch.chdir(tmp_path)
+    network = model.MT2(dim=24, depth=1, heads=2)
+    torch.save(dict(config=network.config, model=network.state_dict(), optimizer={}, step=7, settings={}), "checkpoint.pt")
+    flags = ["publish.py", "checkpoint.pt", "--about", "songs", "--licence", "free", "--out", "weights/mt2.pt"]
+    monkeypatch.setattr(sys, "argv", flags)
+    publish.main()
+    saved = torch.load("weights/mt2.pt", weights_only=True)
+    assert saved.keys() == {"config", "model", "step", "settings", "about", "licence"} and saved["about"] == "songs" and saved["step"] == 7
+    loaded = model.load_checkpoint("weights/mt2.pt").state_dict()
+    for name, weight in network.state_dict().items():
+        assert saved["model"][name].dtype == torch.float16 and loaded[name].dtype == torch.float32
+        torch.testing.assert_close(loaded[name], weight, rtol=1e-3, atol=1e-6)
+    monkeypatch.setattr(publish, "LARGEST", 1000)
+    with pytest.raises(data.InputError, match="pass it on elsewhere"):
+        publish.main()

@@ -2,6 +2,7 @@
 import itertools
 import json
 import re
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -1001,5 +1002,24 @@ def test_probing_without_a_key_token_or_a_run_is_refused(song_folder, tmp_path, 
     torch.save(dict(config=net.config, model=net.state_dict()), tmp_path / "n.pt")
     with pytest.raises(data.InputError, match="no token that hears keys"):
         command(monkeypatch, "key", song_folder, "--checkpoint", tmp_path / "n.pt")
+    monkeypatch.setattr(probe, "SHIPPED", tmp_path / "weights" / "mt2.pt")
     with pytest.raises(data.InputError, match="no run in out/"):
         command(monkeypatch, "key", song_folder)
+
+
+def test_without_a_run_the_weights_that_come_along_are_used(song_folder, tmp_path, monkeypatch, capsys):
+    """And said so; what is found with them goes to out/, not beside them. A run in out/ goes first."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(probe, "SHIPPED", tmp_path / "weights" / "mt2.pt")
+    net = network(("skey", "ntxent"))
+    (tmp_path / "weights").mkdir()
+    torch.save(dict(config=net.config, model={name: weight.half() for name, weight in net.state_dict().items()}), probe.SHIPPED)
+    first = sorted(str(p.relative_to(song_folder)) for p in song_folder.rglob("*.wav"))[0]
+    (tmp_path / "keys.csv").write_text(f"file,key\n{first},C major\n")
+    command(monkeypatch, "key", song_folder, "--keys", tmp_path / "keys.csv")
+    assert "no run in out/: listening with" in capsys.readouterr().out
+    assert list((tmp_path / "out").glob("probe-key-*.json")) and list((tmp_path / "weights").iterdir()) == [probe.SHIPPED]
+    (tmp_path / "out" / "mine").mkdir()
+    shutil.copy(probe.SHIPPED, tmp_path / "out" / "mine" / "checkpoint.pt")
+    command(monkeypatch, "key", song_folder)
+    assert "checkpoint out/mine/checkpoint.pt" in capsys.readouterr().out
