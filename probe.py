@@ -33,14 +33,16 @@ Local tasks label every frame: `chords` (25 classes, the overlap weighted by dur
 "beat" or not. Beat activations are smoothed by (1, 2, 1) / 4; a beat is a frame higher than its four neighbours on each
 side and than a threshold, which is the best of 19 on the validation tracks. F-measure with +-70 ms, every beat counted.
 
-Every readout is a row; none is picked, on test or otherwise:
+Every readout is a row; none is picked by its test score:
 
     cpsd, ntxent ...   each class token           average, concat    of the class tokens
     sequence mean      of the frames' tokens      all tokens mean    of class tokens and frames' tokens
     sequence           each frame's own token, in local tasks
     untrained ...      the same readouts of the same network with random weights
     raw                mean and deviation over time of the very spectrograms the network sees
+    chosen on validation; untrained, chosen    of one network's rows, in each seed the best on validation: what a user would do
 
+`--layers` gives each inner layer its rows too, through the network's final norm as in DINO.
 A row is evidence only if it beats raw and untrained: pooled spectrograms already tell a linear layer a lot.
 """
 import argparse
