@@ -14,6 +14,7 @@ def test_quick_commands_and_snippets_run_as_they_stand(tmp_path, song_folder):
     """Every fenced block marked `quick`, in order, in a folder that holds the code, music/ and song.ogg."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "tests" / "weights", tmp_path / "tests" / "weights")
     shutil.copytree(song_folder, tmp_path / "music")
     shutil.copy(song_folder / "three.ogg", tmp_path / "song.ogg")
     blocks = re.findall(r"^```(sh|python) quick\n(.*?)^```", README, flags=re.S | re.M)
@@ -45,7 +46,7 @@ def test_links_lead_to_the_lines_they_name():
 
 def test_every_flag_and_command_it_names_exists():
     known = set()
-    for file in ("data.py", "train.py", "probe.py", "tests/curves.py"):
+    for file in ("data.py", "train.py", "probe.py", "tests/curves.py", "tests/publish.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / file).read_text()))
     known |= {"--no-probe", "--no-compile"}
     torchrun, elsewhere = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}, {"--quiet", "--requirement"}
