@@ -2116,7 +2116,7 @@ def shares_of(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     network = argparse.ArgumentParser(add_help=False)
-    network.add_argument("--checkpoint", help="checkpoint.pt of a run (default: the newest below out/)")
+    network.add_argument("--checkpoint", help="checkpoint.pt of a run (default: the newest below out/, or the weights that come along)")
     network.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the network runs")
     protocol = argparse.ArgumentParser(add_help=False, parents=[network])
     protocol.add_argument("--grid", action="store_true", help="choose among 216 configurations on the validation set")

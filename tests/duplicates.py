@@ -31,7 +31,7 @@ def likeness(x, owner):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", nargs="+", help="folders of music or frame stores")
-    parser.add_argument("--checkpoint", help="default: the newest below out/")
+    parser.add_argument("--checkpoint", help="default: as for probe.py")
     parser.add_argument("--top", type=int, default=20, help="pairs to print")
     args = parser.parse_args()
     model, names, vectors, owners = load_checkpoint(probe.checkpoint_of(args)), [], [], []
