@@ -47,7 +47,7 @@ def test_they_hear_keys(said):
     assert sum(heard == true for heard, true in zip(said[0], truth)) >= 12
 
 
-@pytest.mark.parametrize("words, shown", [(["key", "song.wav"], "m"), (["embed", "."], "embeddings"), (["show", "song.wav"], "key")])
+@pytest.mark.parametrize("words, shown", [(["key", "song.wav"], "m"), (["embed", ".", "--out", "e.npz"], "e.npz"), (["show", "song.wav"], "key")])
 def test_a_fresh_clone_hears_at_once(words, shown, tmp_path):
     sf.write(tmp_path / "song.wav", data.render(data.compose(SONGS[0])), data.SAMPLE_RATE)
     probe_py = probe.SHIPPED.parents[2] / "probe.py"
