@@ -5,6 +5,7 @@
     python train.py --data ~/Music --out out/mine             your own recordings
     python train.py --data synth ~/Music --mix 3,1            both, three pieces in four of them synthetic
     python train.py --tokens cpsd,byol                        any set of the pretext tasks of losses.PRETEXT
+    python train.py --tokens skey,ntxent --weights 1,0.3      how much each of their losses counts
     python train.py --preset myna-base                        another paper's model
     python train.py --out out/mine --resume                   go on, bit for bit, from the last checkpoint
     torchrun --nproc_per_node=8 train.py --preset mt2         eight GPUs of one machine; or of two, the same line on each:
