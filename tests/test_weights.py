@@ -34,11 +34,11 @@ def test_the_file_is_small_and_says_what_it_is():
 
 
 def test_they_say_what_they_said(said):
-    """Within what bf16 on another processor may change: no key, and no token by more than a hundredth or two."""
+    """Within what another processor may change (bf16 against fp32: 0.005): no key, and no token by more than 0.03."""
     keys, tokens = said
     assert keys == KEYS
     for i, name in enumerate(("skey", "ntxent")):
-        torch.testing.assert_close(tokens[0, i, :8], torch.tensor(TOKENS[name]), rtol=0, atol=0.06)
+        torch.testing.assert_close(tokens[0, i, :8], torch.tensor(TOKENS[name]), rtol=0, atol=0.03)
 
 
 def test_they_hear_keys(said):
