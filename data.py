@@ -21,12 +21,14 @@ That is 224 x 31.25 bytes a second, 25.2 MB an hour. Training cuts 4 s segments 
 choosing where an 84-bin crop of the 96 CQT bins starts. Read top to bottom: audio, front ends, store, songs, views.
 """
 import argparse
+import csv
 import hashlib
 import inspect
 import json
 import math
 import mmap
 import os
+import re
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +60,7 @@ N_MELS, N_FFT = 128, 1024  # mel branch (multi-view comparison, CoJEPA)
 COLUMNS = N_BINS + N_MELS
 SEGMENT = 126              # frames in a 4 s segment: 1 + 64000 // 512 (MT2, CoJEPA)
 PIECE = 938                # frames in 30 s: both segments of a pair come from one piece of a track (our choice, see Segments)
+FRAME_SECONDS = HOP / SAMPLE_RATE
 DYNAMIC_RANGE = 80.0       # dB (STONE)
 MEL_REFERENCE = 2000.0     # mel power counted as 0 dB: about what a full-scale sine reaches in the low bands (our choice)
 
@@ -435,6 +438,18 @@ def settings_of(sources):
     return dict(settings, checksum=hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
 
 
+def walk(folder):
+    """All files below a folder, sorted, linked folders included (each real folder once); hidden ones are left out."""
+    found, visited = [], set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in visited)
+        if real not in visited:
+            found += [Path(here, name) for name in names if not name.startswith(".")]
+        visited.add(real)
+    return sorted(found)
+
+
 def find_audio(folders):
     """Audio files below `folders`, sorted: [(name, path)], name = the folder's own name / the path inside it.
 
@@ -444,14 +459,14 @@ def find_audio(folders):
     found, names = {}, set()
     for folder in dict.fromkeys(Path(f).resolve() for f in folders):
         if not folder.is_dir():
-            raise InputError(f"{folder}: is not a folder; give a folder that holds audio files")
+            raise InputError(f"{folder}: {'is a file; give a folder' if folder.exists() else 'no such file or folder'}")
         name, copy = folder.name, 1
         while name in names:
             copy += 1
             name = f"{folder.name}-{copy}"
         names.add(name)
-        for path in folder.rglob("*"):  # names that start with a dot are leftovers of other systems
-            if path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith(".") and path.is_file():
+        for path in walk(folder):
+            if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
                 found[str(Path(name) / path.relative_to(folder))] = path
     if not found:
         raise InputError(f"{', '.join(map(str, folders))}: no audio file ({' '.join(sorted(AUDIO_SUFFIXES))}) in there; "
@@ -579,6 +594,56 @@ def prepare_folders(folders, out=None):
     where = "|".join(str(Path(f).resolve()) for f in folders)
     default = f"{Path(folders[0]).resolve().name}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
     return prepare_files(files, out or Path("data") / default)
+
+
+# ---------------------------------------------------------------- labels in a CSV
+
+KEY_NAMES = "C Db D Eb E F Gb G Ab A Bb B".split()  # by the tonic, in semitones above C
+
+
+def parse_key(text):
+    """'F# minor', 'Bb:maj', 'A', 'd# minor<TAB>2' ... -> tonic 0..11 major, 12 + tonic minor (C = 0), None if no single key.
+
+    Without a mode a capital letter is major, a small one minor.
+    """
+    match = re.fullmatch(r"([A-Ga-g])([#b]*)[\s:]*((?i:major|maj)|M|(?i:minor|min)|m)?", text.split("\t")[0].strip())
+    if not match:
+        return None
+    letter, accidentals, mode = match.groups()
+    tonic = "C D EF G A B".index(letter.upper()) + accidentals.count("#") - accidentals.count("b")
+    minor = mode == "m" or mode[:3].lower() == "min" if mode else letter.islower()
+    return tonic % 12 + 12 * minor
+
+
+def read_table(path, delimiter=","):
+    """Rows of a CSV file with a header, [{column: cell}], cells stripped. Raises InputError."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file, delimiter=delimiter)
+            return [{k.strip(): (v or "").strip() for k, v in row.items() if k} for row in rows]
+    except (OSError, UnicodeDecodeError, csv.Error):
+        raise InputError(f"{path}: is not a readable CSV file in UTF-8") from None
+
+
+def read_labels(path, column, names):
+    """Labels of a CSV with the columns `file` and `column`: {name: text} for the `names` (paths in a store) that it has.
+
+    A file is named as in the store, "music/artist/song.ogg", or relative to the prepared folder, "artist/song.ogg".
+    Raises InputError when a column is missing or no file is in the store.
+    """
+    rows = read_table(path)
+    if not rows or not {"file", column} <= rows[0].keys():
+        raise InputError(f"{path}: is not a CSV with the columns file,{column}")
+    labels = {os.path.normpath(row["file"]): row[column] for row in rows}
+    found = {}
+    for name in names:
+        for key in (name, os.path.relpath(name, Path(name).parts[0])):
+            if key in labels:
+                found[name] = labels[key]
+    print(f"{path}: {len(found)} of {len(names)} tracks have a {column}, {len(labels)} rows")
+    if not found:
+        raise InputError(f"{path}: none of its files is in the data; name them as in index.jsonl of the store")
+    return found
 
 
 # ---------------------------------------------------------------- synthetic songs
@@ -813,81 +878,112 @@ def kept_positions(rng, shape, count, mask):
 
 
 class Segments:
-    """Training batches from frame stores, every one a pure function of (seed, step): resuming needs no hidden state.
+    """Training batches from frame stores, each a pure function of (seed, step): resuming needs no hidden state.
 
     Tracks are cut into pieces of about 30 s, and one item of a batch is one piece: two segments "of the same music" are
     then close in time, as in CoJEPA, whether a file holds a song or an album side. Three views of each item:
 
         view 0  segment A   crop c
         view 1  segment B   crop c     A, B do not overlap where the piece has room for two segments
-        view 2  segment A   crop c'   mel silenced (see training_views)
+        view 2  segment A   crop c'    mel zeroed (see training_views)
 
-    NT-Xent compares views 0 and 1, which share a crop: it must not be asked to ignore transposition, or the trunk
-    forgets pitch. CPSD compares views 0 and 1 with view 2, whose crop differs. Each view keeps its own random frames.
-    keys {path in a store: 0..23} are labels for those who learn from some (`tone`). mix: how often each store is drawn from,
-    as shares; without it every piece is equally likely.
+    NT-Xent compares views 0 and 1, which share a crop: if it were invariant to transposition, the trunk would lose pitch.
+    CPSD compares views 0 and 1 with view 2, whose crop differs. Each view keeps its own random frames.
+    keys {path in a store: 0..23}: labels for the tasks that use some (`tone`). mix: shares in which the stores are drawn
+    from; without it every piece is equally likely.
     Raises InputError when the stores hold no track of 4 s, or fewer pieces than the batch, or when mix does not fit.
     """
 
     def __init__(self, stores, batch_size, keys=None, mix=None):
-        self.stores, self.batch_size = stores, batch_size
-        pieces, labels = [], []
-        for s, store in enumerate(stores):
-            counts = np.where(store.lengths < SEGMENT, 0, np.maximum(1, store.lengths // PIECE))   # (tracks,) pieces of each
-            track = np.repeat(np.arange(len(counts)), counts)                                      # (pieces,)
-            nth = np.arange(len(track)) - np.repeat(np.cumsum(counts) - counts, counts)            # (pieces,) from 0 in each track
-            size = store.lengths[track] // counts[track]
-            pieces.append(np.stack([np.full(len(track), s), store.starts[track] + nth * size, size], axis=1))
+        self.stores, self.batch_size, self.mix = stores, batch_size, mix
+        self.offsets = np.cumsum([0] + [len(store.frames) for store in stores])       # of each store's frames in `rows`
+        pieces, labels, first_track = [], [], 0
+        for store, offset in zip(stores, self.offsets):
+            counts = np.where(store.lengths < SEGMENT, 0, np.maximum(1, store.lengths // PIECE))  # (tracks,) pieces each
+            track = np.repeat(np.arange(len(counts)), counts)                         # (pieces,)
+            nth = np.arange(len(track)) - np.repeat(np.cumsum(counts) - counts, counts)   # (pieces,) from 0 in each track
+            length = store.lengths[track] // counts[track]
+            pieces.append(np.stack([offset + store.starts[track] + nth * length, length, first_track + track], axis=1))
             labels += [(keys or {}).get(store.paths[t], -1) for t in track]
-        self.pieces = np.concatenate(pieces)                                                       # (pieces, 3): store, start, length
-        self.keys = np.array(labels, dtype=np.int64)                                               # (pieces,)
-        self.summary = f"{len(self.pieces)} pieces of about 30 s, {self.pieces[:, 2].sum() * HOP / SAMPLE_RATE / 3600:.2f} h"
+            first_track += len(counts)
+        self.sizes = np.array([len(p) for p in pieces])                               # (stores,) pieces of each
+        self.pieces = np.concatenate(pieces)                                          # (pieces, 3): start, length, track
+        self.keys = np.array(labels, dtype=np.int64)                                  # (pieces,)
+        self.frames, self.device = None, torch.device("cpu")
+        total = len(self.pieces)
+        self.summary = f"{total} pieces of about 30 s, {self.pieces[:, 1].sum() * FRAME_SECONDS / 3600:.2f} h"
         if short := sum(int((store.lengths < SEGMENT).sum()) for store in stores):
             self.summary += f"; {short} tracks shorter than one 4 s segment left out"
-        if len(self.pieces) == 0:
+        if total == 0:
             raise InputError("every track is shorter than one 4 s segment; give longer recordings")
-        if len(self.pieces) < batch_size:
-            raise InputError(f"a batch of {batch_size} needs as many pieces of 30 s, the data has {len(self.pieces)}; "
-                             f"use --batch-size {len(self.pieces)} or less, or add music")
-        self.chance = None                                                                         # (pieces,), or None: all alike
+        if total < batch_size:
+            raise InputError(f"a batch of {batch_size} needs as many pieces of 30 s, the data has {total}; "
+                             f"use --batch-size {total} or less, or add music")
         if mix:
             if len(mix) != len(stores) or not all(0 < share < np.inf for share in mix):
                 raise InputError(f"--mix: give one share above 0 for each of the {len(stores)} sources of --data")
-            store_of = self.pieces[:, 0]                                                           # (pieces,)
-            weight = (np.array(mix) / np.bincount(store_of, minlength=len(stores)).clip(1))[store_of]
-            self.chance = weight / weight.sum()
             self.summary += "; drawn " + " : ".join(f"{share / sum(mix):.0%}" for share in mix)
 
-    def batch(self, seed, step, views=3, mask=0.0, share=slice(None)):
-        """frames (views, share, kept, 224) uint8, crops (views, batch), positions (views, share, kept) and keys (batch,) int64.
+    def to(self, device):
+        """Keep the frames of all stores on a device: gather() then takes rows that are there. Returns self."""
+        self.frames = torch.cat([torch.from_numpy(np.array(store.frames)) for store in self.stores]).to(device)
+        self.device = self.frames.device
+        return self
 
-        `mask` is the share of frames dropped; positions says which of the 126 frames of a segment were kept; a key is -1
-        where no label is known. `share` is the slice of the batch whose frames are wanted: one of several processes draws
-        the same batch as the others and reads its own part (all of it by default).
-        """
+    def draw_pieces(self, rng):
+        """Numbers of the pieces of a batch, none twice: (batch,). With --mix the store first, then a piece of it."""
+        if not self.mix:
+            return rng.choice(len(self.pieces), self.batch_size, replace=False)
+        counts = rng.multinomial(self.batch_size, np.array(self.mix) / sum(self.mix))
+        while (counts > self.sizes).any():  # what a small store cannot give, the others do
+            counts = np.minimum(counts, self.sizes)
+            room = (counts < self.sizes) * np.array(self.mix)
+            counts += rng.multinomial(self.batch_size - counts.sum(), room / room.sum())
+        first = np.cumsum(self.sizes) - self.sizes
+        drawn = [start + rng.choice(size, count, replace=False) for start, size, count in zip(first, self.sizes, counts)]
+        return rng.permutation(np.concatenate(drawn))
+
+    def draw(self, seed, step, views=3, mask=0.0, share=slice(None)):
+        """What batch() returns, with `rows` (views, share, kept) in place of the frames: their numbers over all stores."""
         rng = np.random.default_rng([seed, step])
-        number = rng.choice(len(self.pieces), self.batch_size, replace=False, p=self.chance)       # (batch,)
-        chosen = self.pieces[number]                                                               # (batch, 3)
-        length = chosen[:, 2]
+        number = self.draw_pieces(rng)                                                # (batch,)
+        begin, length, track = self.pieces[number].T                                  # (batch,) each
         room = length - 2 * SEGMENT
         first, second = np.sort(rng.integers(0, np.maximum(room, 0) + 1, (2, self.batch_size)), axis=0)
-        apart = np.stack([first, second + SEGMENT])                                                # (2, batch)
+        apart = np.stack([first, second + SEGMENT])                                   # (2, batch)
         anywhere = rng.integers(0, length - SEGMENT + 1, (2, self.batch_size))
-        start = np.where(room >= 0, apart, anywhere) + chosen[:, 1]
-        start = np.where(rng.random(self.batch_size) < 0.5, start, start[::-1])                    # A is not always first
-        start = start[[0, 1, 0]][:views]                                                           # (views, batch)
+        start = np.where(room >= 0, apart, anywhere) + begin
+        start = np.where(rng.random(self.batch_size) < 0.5, start, start[::-1])       # A is not always first
+        start = start[[0, 1, 0]][:views]                                              # (views, batch)
         crop = rng.integers(0, MAX_CROP + 1, self.batch_size)
-        other = (crop + rng.integers(1, MAX_CROP + 1, self.batch_size)) % (MAX_CROP + 1)           # uniform, never the same
+        other = (crop + rng.integers(1, MAX_CROP + 1, self.batch_size)) % (MAX_CROP + 1)   # uniform, never the same
         crops = np.stack([crop, crop, other])[:views]
-        positions = kept_positions(rng, (views, self.batch_size), SEGMENT, mask)[:, share]         # (views, share, kept)
-        rows = start[:, share, None] + positions
+        positions = kept_positions(rng, (views, self.batch_size), SEGMENT, mask)[:, share]  # (views, share, kept)
+        drawn = dict(rows=start[:, share, None] + positions, crops=crops, positions=positions,
+                     keys=self.keys[number], tracks=track)
+        return {name: torch.from_numpy(values) for name, values in drawn.items()}
+
+    def gather(self, rows):
+        """Frames of global row numbers: rows (...) int64 -> (..., 224) uint8, from the stores or from the device."""
+        if self.frames is not None:
+            return self.frames[rows]
+        rows = rows.numpy()
         frames = np.empty((*rows.shape, COLUMNS), np.uint8)
-        for s, store in enumerate(self.stores):
-            mine = chosen[share, 0] == s
-            for begin in start[:, share][:, mine].ravel().tolist():  # all at once, before the first is waited for
-                store.will_need(begin, SEGMENT)
-            frames[:, mine] = store.frames[rows[:, mine]]
-        return torch.from_numpy(frames), torch.from_numpy(crops), torch.from_numpy(positions), torch.from_numpy(self.keys[number])
+        for store, first, end in zip(self.stores, self.offsets, self.offsets[1:]):
+            mine = (rows >= first) & (rows < end)
+            frames[mine] = store.frames[rows[mine] - first]
+        return torch.from_numpy(frames)
+
+    def batch(self, seed, step, views=3, mask=0.0, share=slice(None)):
+        """frames (views, share, kept, 224) uint8, crops (views, batch), positions (views, share, kept), keys and tracks
+        (batch,) int64, in a dictionary.
+
+        mask: share of frames dropped; positions: which of the 126 frames of a segment were kept; keys: -1 where there is
+        no label; tracks: numbers unique over all stores. share: the slice of the batch whose frames are wanted, as each
+        of several processes draws the same batch and reads its part.
+        """
+        drawn = self.draw(seed, step, views, mask, share)
+        return dict(frames=self.gather(drawn.pop("rows")), **drawn)
 
 
 def open_data(sources):

@@ -1,10 +1,9 @@
-"""Pretext tasks: what a class token has to learn, without labels. One class each, found by its name in PRETEXT.
+"""Pretext tasks: what a class token is trained for, without labels. One class each, found by its name in PRETEXT.
 
     key        cpsd, cpsd1 (STONE)    skey (S-KEY)    tone (Semi-TONE: with some labels)
     style      ntxent (SimCLR)    byol    cluster (DINO)    barlow (Barlow Twins)    vicreg
 
-First the losses as plain functions of what the views gave, all in float32. Then the tasks: which views one needs, its head,
-its loss, what it logs. `train.py --tokens a,b,c` trains any set of them in one trunk.
+First the losses as plain functions, all in float32, then the tasks. `train.py --tokens a,b,c` trains any set of them.
 """
 import math
 from functools import partial, wraps
@@ -16,7 +15,7 @@ from torch import nn
 
 
 def in_float32(loss):
-    """Leave autocast for a loss: under bf16 a cosine of 0.99 / 0.1 has a spacing of 0.06, as large as what there is to learn."""
+    """Leave autocast for a loss: in bf16 a cosine of 0.99 / 0.1 is rounded to steps of 0.06, as large as the signal."""
     @wraps(loss)
     def wrapped(first, *rest, **options):
         with torch.autocast(first.device.type, enabled=False):
@@ -28,44 +27,43 @@ def in_float32(loss):
 
 
 def circle_point(profiles, omega):
-    """(..., 12), each not negative and 1 in sum -> real and imaginary part (...) of z = sum_q y[q] exp(2 pi i omega q / 12).
+    """(..., 12), non-negative with sum 1 -> real and imaginary part (...) of z = sum_q y[q] exp(2 pi i omega q / 12).
 
-    A pitch profile y says how likely each of 12 classes is. z is its centre of gravity when class q sits at angle
-    2 pi omega q / 12: omega = 1 is the circle of semitones; omega = 7 the circle of fifths, where a step of 7 semitones
-    turns by 30 degrees (7 * 7 = 49 = 1 mod 12), so that keys which share six of their seven notes are neighbours.
-    |z| = 1 only for a one-hot profile, z = 0 for a uniform one. (STONE, section 3; a discrete Fourier coefficient.)
+    z is the centre of gravity of a pitch profile y when class q sits at the angle 2 pi omega q / 12: omega = 1 is the
+    circle of semitones; omega = 7 the circle of fifths, where a step of 7 semitones turns by 30 degrees (7 * 7 = 49 = 1
+    mod 12), so that keys which share six of their seven notes are neighbours. |z| = 1 only for a one-hot profile, z = 0
+    for a uniform one. (STONE, section 3; a discrete Fourier coefficient.)
     """
     angle = 2 * math.pi * omega * torch.arange(12, device=profiles.device, dtype=torch.float32) / 12
     profiles = profiles.float()
-    return (profiles * angle.cos()).sum(-1), (profiles * angle.sin()).sum(-1)  # autocast would make a matmul bf16
+    return (profiles * angle.cos()).sum(-1), (profiles * angle.sin()).sum(-1)  # a matmul would be bf16 in autocast
 
 
 def cpsd(profiles, shifts, omega=7, pairs=None):
     """Cross-power spectral density loss (STONE, eq. 5-6): transposing the music must turn the profile as much.
 
-    profiles (views, batch, 12), each 1 in sum; shifts (views, batch), semitones by which each view was transposed up;
+    profiles (views, batch, 12), each with sum 1; shifts (views, batch), semitones by which each view was transposed up;
     pairs: which views to compare (default: every pair). Returns the mean over pairs and batch of
 
         | exp(2 pi i omega (s_a - s_b) / 12) - z_a conj(z_b) |^2
 
-    Nobody tells the network the key. It only learns that if view a sounds s semitones above view b, its point must lie
-    omega * s / 12 of a turn ahead; an answer that turns along with the music is, up to one rotation of the whole
-    circle, the key. 0 for one-hot profiles at the stated shift, 1 for uniform profiles (z = 0), 4 for opposite points.
+    No key labels are used. The constraint is only that if view a is s semitones above view b, its point must lie
+    omega * s / 12 of a turn ahead; an output that turns along with the music is, up to one rotation of the whole
+    circle, the key. 0 for one-hot profiles at the right shift, 1 for uniform profiles (z = 0), 4 for opposite points.
 
     The trap. STONE's three terms hold one pair at the *same* pitch: |1 - z_1 conj(z_2)|^2. An output that ignores its
     input satisfies that pair and pays a little more for the other two: a constant with |z|^2 = 1/3 scores 2.67 in
     total, under the 3.00 of a uniform output, and networks that are not equivariant by construction, such as a ViT,
-    stay there. Without the same-pitch pair it pays to be blind no more: for two different crops drawn from 0..12 the
-    mean of exp(i turn) is -1/13, so a constant scores 1 + 2/13 |z|^2 + |z|^4 per pair, always above the uniform
-    output's 1. Growing |z| pays only if the point really turns. Which pairs to use is the caller's: train.py passes
-    those whose crops differ. z = 0 stays a saddle, as the gradient is of second order in z; README tells how a run leaves it.
+    stay there. Without the same-pitch pair a constant output is never better than the uniform one: for two different
+    crops drawn from 0..12 the mean of exp(i turn) is -1/13, so a constant scores 1 + 2/13 |z|^2 + |z|^4 per pair,
+    always above the uniform output's 1. Growing |z| pays only if the point really turns. So the tasks below pass only
+    pairs whose crops differ. z = 0 stays a saddle (the gradient is of second order in z); README: how a run leaves it.
     """
-    re, im = circle_point(profiles, omega)                                 # (views, batch) each
-    total = 0.0
+    total, (re, im) = 0.0, circle_point(profiles, omega)                   # (views, batch) each
     pairs = pairs or list(combinations(range(len(profiles)), 2))
     for a, b in pairs:
         turn = 2 * math.pi * omega * (shifts[a] - shifts[b]).float() / 12  # (batch,)
-        cross_re = re[a] * re[b] + im[a] * im[b]                           # z_a conj(z_b), in real arithmetic
+        cross_re = re[a] * re[b] + im[a] * im[b]                           # (batch,), z_a conj(z_b) in real arithmetic
         cross_im = im[a] * re[b] - re[a] * im[b]                           # (batch,)
         total = total + ((turn.cos() - cross_re) ** 2 + (turn.sin() - cross_im) ** 2).mean()
     return total / len(pairs)
@@ -75,35 +73,36 @@ def cpsd(profiles, shifts, omega=7, pairs=None):
 
 
 @in_float32
-def nt_xent(z, temperature=0.1):
+def nt_xent(z, tracks=None, temperature=0.1):
     """Normalised temperature-scaled cross entropy (SimCLR, eq. 1): find the other excerpt of the same music.
 
-    z (views, batch, dim), any scale. Each of the views * batch embeddings asks: which of the others comes from my
-    track? The answer is a softmax over cosine similarities divided by `temperature`, itself left out. Every other view
-    of the same item counts as correct (the mean over them is taken), every other item as wrong. What two excerpts of a
-    track share (instruments, room, mix, style) is kept; what differs (this bar's notes) is forgotten.
+    z (views, batch, dim), any scale. Each of the views * batch embeddings is classified among all others by a softmax
+    over cosine similarities divided by `temperature`. Every other view of the same item is a positive (the mean over
+    them is taken), every other item a negative. What two excerpts of a track share (instruments, room, mix, style) is
+    kept; what differs (the notes of one bar) is discarded. tracks (batch,) int64: different items of one track are
+    neither positives nor negatives of each other, such pairs are masked out (our choice; without it, none are).
 
-    If all embeddings coincide, the 2N - 1 candidates of two views are equally likely and the loss is log(2N - 1): that
-    is the value at chance, and it depends on the batch size. With N = 1 and two views the only candidate is right: 0.
+    If all embeddings coincide, the 2N - 1 candidates of two views are equally likely and the loss is log(2N - 1): the
+    value at chance depends on the batch size. With N = 1 and two views the only candidate is right: 0.
     """
     views, batch, _ = z.shape
     z = F.normalize(z.float().flatten(0, 1), dim=-1)                       # (views * batch, dim)
-    similarity = z @ z.T / temperature                                     # (views * batch, views * batch)
-    similarity.fill_diagonal_(-math.inf)
-    log_probability = similarity.log_softmax(dim=-1)                       # (views * batch, views * batch)
     item = torch.arange(batch, device=z.device).repeat(views)              # (views * batch,)
+    track = item if tracks is None else tracks.repeat(views)               # (views * batch,)
     positive = (item[:, None] == item).fill_diagonal_(False)               # (views * batch, views * batch)
+    excluded = (track[:, None] == track) & ~positive                       # the same track or the embedding itself
+    similarity = (z @ z.T / temperature).masked_fill(excluded, -math.inf)  # (views * batch, views * batch)
+    log_probability = similarity.log_softmax(dim=-1)                       # (views * batch, views * batch)
     return -log_probability.where(positive, 0).sum() / (views * batch * (views - 1))
 
 
 @in_float32
 def byol(prediction, target):
-    """BYOL, eq. 2: predict what a slowly moving teacher says of the *other* excerpt.
+    """BYOL, eq. 2: predict the EMA teacher's projection of the *other* excerpt.
 
-    prediction (2, batch, dim) of the student for both views, target (2, batch, dim) of the teacher (no gradient reaches
-    it). The sum of 2 - 2 cosine over the two crossed pairs, mean over the batch: 0 for equal directions, 4 for
-    orthogonal ones, 8 for opposite ones. There are no negatives; what keeps a constant answer away is that the student
-    has a predictor and the teacher only follows the student's average.
+    prediction, target (2, batch, dim) of student and teacher; no gradient reaches the target. The sum of 2 - 2 cosine
+    over the crossed pairs, mean over the batch: 0 for equal directions, 4 orthogonal, 8 opposite. There are no
+    negatives; the student's predictor and the slow teacher prevent a constant output.
     """
     cosine = F.cosine_similarity(prediction.float(), target.detach().float().flip(0), dim=-1)  # (2, batch)
     return (2 - 2 * cosine).mean(dim=1).sum()
@@ -111,26 +110,27 @@ def byol(prediction, target):
 
 @in_float32
 def cluster(student, teacher, centre, teacher_temperature, student_temperature=0.1):
-    """DINO, eq. 1-2: sort the other excerpt into the same of many clusters as the teacher does.
+    """DINO, eq. 1-2: match the teacher's soft cluster assignment of the other excerpt.
 
     student, teacher (2, batch, prototypes) raw outputs, centre (prototypes,). Cross entropy between the teacher's
     softmax((t - centre) / teacher_temperature) for one view and the student's for the other, mean over both orders and
-    the batch. The centre keeps one cluster from taking all, the low teacher temperature keeps all from being equally
-    likely: either alone collapses. log(prototypes) when both say nothing.
+    the batch. Centre and low teacher temperature together prevent collapse. log(prototypes) when both are uniform.
     """
     with torch.no_grad():
-        wanted = ((teacher.float() - centre) / teacher_temperature).softmax(dim=-1).flip(0)     # (2, batch, prototypes)
-    return -(wanted * (student.float() / student_temperature).log_softmax(dim=-1)).sum(dim=-1).mean()
+        target = ((teacher.float() - centre) / teacher_temperature).softmax(dim=-1)            # (2, batch, prototypes)
+    log_probability = (student.float() / student_temperature).log_softmax(dim=-1)              # (2, batch, prototypes)
+    return -(target.flip(0) * log_probability).sum(dim=-1).mean()
 
 
 @in_float32
 def barlow(a, b, off_diagonal=0.005):
-    """Barlow Twins, eq. 1: each dimension agrees with itself over the two views and with no other dimension.
+    """Barlow Twins, eq. 1: each dimension correlates with itself over the two views and with no other dimension.
 
-    a, b (batch, dim). C = correlation matrix of a's and b's dimensions over the batch, standardised with the biased
-    deviation. Sum of (1 - C_ii)^2 plus 0.005 times the sum of C_ij^2, i != j. 0 for equal, decorrelated views.
+    a, b (batch, dim). C = correlation of a's with b's dimensions over the batch (biased deviation). Sum of (1 - C_ii)^2
+    plus 0.005 times the sum of C_ij^2, i != j. 0 for equal, decorrelated views.
     """
-    a, b = ((x.float() - x.float().mean(dim=0)) / (x.float().var(dim=0, unbiased=False) + 1e-5).sqrt() for x in (a, b))
+    standardise = lambda x: (x - x.mean(dim=0)) / (x.var(dim=0, unbiased=False) + 1e-5).sqrt()
+    a, b = standardise(a.float()), standardise(b.float())
     correlation = a.T @ b / len(a)                                         # (dim, dim)
     diagonal = correlation.diagonal()                                      # (dim,)
     return (1 - diagonal).square().sum() + off_diagonal * (correlation.square().sum() - diagonal.square().sum())
@@ -138,15 +138,14 @@ def barlow(a, b, off_diagonal=0.005):
 
 @in_float32
 def vicreg(a, b, invariance=25.0, variance=25.0, covariance=1.0):
-    """VICReg, eq. 1-6 with the weights and the halved variance term of its released code.
+    """VICReg, eq. 1-6 with the weights and the halved variance term of its released code. a, b (batch, dim).
 
-    a, b (batch, dim). Views agree (mean square), each dimension keeps a deviation of at least 1 (hinge), no two
-    dimensions say the same (off-diagonal covariance squared, over dim). A constant output costs 25 * 0.99.
+    Views agree (mean square), dimensions keep a deviation of 1 (hinge) and do not covary (off-diagonal covariance
+    squared, over dim). A constant output costs 25 * 0.99.
     """
-    a, b = a.float(), b.float()
-    spread = sum(F.relu(1 - (x.var(dim=0) + 1e-4).sqrt()).mean() for x in (a, b)) / 2
-    shared = 0.0
+    a, b, spread, shared = a.float(), b.float(), 0.0, 0.0
     for x in (a, b):
+        spread = spread + F.relu(1 - (x.var(dim=0) + 1e-4).sqrt()).mean() / 2
         x = x - x.mean(dim=0)
         c = x.T @ x / (len(x) - 1)                                         # (dim, dim)
         shared = shared + (c.square().sum() - c.diagonal().square().sum()) / x.shape[1]
@@ -156,19 +155,19 @@ def vicreg(a, b, invariance=25.0, variance=25.0, covariance=1.0):
 def effective_rank(x):
     """exp of the entropy of the singular values of centred x (items, dim): how many directions are in use, 1 .. dim.
 
-    0 for a constant x. (Roy and Vetterli 2007.) A token that collapses in directions shows here long before its loss does.
+    0 for a constant x. (Roy and Vetterli 2007.) Dimensional collapse shows here long before it does in the loss.
     """
-    x = x.float()
+    x = x.float().cpu()  # a matrix this small is decomposed faster there than on a GPU
     values = torch.linalg.svdvals(x - x.mean(dim=0))                       # (min(items, dim),)
-    if values.sum() <= 1e-4 * x.norm():  # rounding, not music
+    if values.sum() <= 1e-4 * x.norm():  # constant up to rounding
         return 0.0
     share = values / values.sum()
-    return torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item()
+    return torch.special.entr(share).sum().exp().item()
 
 
 # ---------------------------------------------------------------- tasks
 
-PROFILE_TEMPERATURE = 0.3  # of the profile's softmax; below 1 the first outputs are sharp enough to leave z = 0 (our choice)
+PROFILE_TEMPERATURE = 0.3  # of the profile's softmax; below 1 the first outputs are sharp enough to leave z = 0 (ours)
 TRANSPOSED_PAIRS = [(0, 2), (1, 2)]  # the views whose crops differ (data.Segments); without 0-1 there is no trap (cpsd)
 
 
@@ -176,13 +175,12 @@ TRANSPOSED_PAIRS = [(0, 2), (1, 2)]  # the views whose crops differ (data.Segmen
 def circulant_(weight):
     """Initialise (outputs, bins) so that transposing the input by a semitone only rotates each group of 12 outputs.
 
-    Row 12 k + q looks at pitch class p as row 12 k looks at p - q, in every octave alike but for a random weight of the
-    octave. A network that starts like this, all else being the identity, is equivariant at birth; it is free to leave.
-    Rows beyond the last whole group of 12 keep their values. Returns weight.
+    Row 12 k + q weighs pitch class p as row 12 k weighs p - q, alike in every octave but for a random factor. With all
+    else the identity the network is then equivariant, at initialisation only. Other rows keep their values.
     """
     outputs, bins = weight.shape
     groups, octaves = outputs // 12, bins // 12
-    pattern = torch.randn(groups, 12)                                      # what group k listens for, from its tonic up
+    pattern = torch.randn(groups, 12)                                      # weights of group k, from its tonic up
     octave = torch.rand(groups, octaves) + 0.5
     q = torch.arange(12)
     rows = pattern[:, (q[None, :] - q[:, None]) % 12]                      # (groups, 12 outputs, 12 pitch classes)
@@ -192,11 +190,8 @@ def circulant_(weight):
 
 
 class ViewNorm(nn.Module):
-    """Batch norm of each view by itself: (views, batch, n) standardised over the batch, times a weight, plus a bias.
-
-    BYOL, Barlow Twins and VICReg have batch norm in their heads; without it BYOL collapses (README). No running statistics:
-    heads serve training only, and the features that are kept never see it.
-    """
+    """Batch norm of each view by itself, (views, batch, n). BYOL, Barlow Twins and VICReg have it in their heads;
+    without it BYOL collapses (README). No running statistics: heads serve training only."""
 
     def __init__(self, width):
         super().__init__()
@@ -208,7 +203,7 @@ class ViewNorm(nn.Module):
 
 
 def projector(dim, out, width=None, norm=nn.Identity):
-    """A head of two layers: the loss compares here, not in the features, which may keep what the loss throws away (SimCLR)."""
+    """A head of two layers. The loss acts behind it, so the features may keep what the loss discards (SimCLR)."""
     width = width or 4 * dim
     return nn.Sequential(nn.Linear(dim, width), norm(width), nn.GELU(), nn.Linear(width, out))
 
@@ -216,45 +211,49 @@ def projector(dim, out, width=None, norm=nn.Identity):
 class Pretext(nn.Module):
     """A pretext task. A subclass sets what it needs, makes its head, and returns its loss.
 
-    branch: the spectrogram whose mean the class token starts from, "cqt" or "mel"; views: 2 segments at one pitch, or 3,
-    with segment A transposed (data.Segments); teacher: whether it needs the moving average of the network; hears: whether
-    it reads the spectrograms. A subclass is made with the width `dim` of the trunk, has `head`, and implements
+    branch: the spectrogram whose mean is the initial value of the class token, "cqt" or "mel"; views: 2 segments at one
+    pitch, or 3, with segment A transposed (data.Segments); needs_teacher: the moving average of the network;
+    needs_spectrogram: the input. A subclass is made with the width `dim` of the trunk, has `head`, and implements
 
         forward(token, batch, teacher) -> (loss, {name: scalar to log})
 
-    token (views, batch, dim); batch: "shifts" (views, batch) semitones up, "cqt" (2, batch, frames, 84) and "mel"
-    (2, batch, frames, 128) where it hears, "keys" (batch,) 0..23 or -1, "progress" of the run, 0 to 1; teacher: None, or
-    (the teacher's copy of this task, its token (2, batch, dim)).
-    All of this is of the whole batch, however many processes share the trunk's work (train.whole_batch).
+    token (views, batch, dim); batch: "shifts" (views, batch) semitones up, "keys" (batch,) 0..23 or -1, "tracks"
+    (batch,), "progress" of the run, 0 to 1, and with needs_spectrogram "cqt" (2, batch, frames, 84) and "mel" (2,
+    batch, frames, 128); teacher: None, or (the teacher's copy of this task, its token (2, batch, dim)). With several
+    processes, too, all of this is of the whole batch.
     """
-    branch, views, teacher, hears = "mel", 2, False, False
+    branch, views, needs_teacher, needs_spectrogram = "mel", 2, False, False
 
     def reset(self):
-        """Called once after the general initialisation, for heads that start otherwise."""
+        """Called after the general initialisation, for heads that start otherwise."""
 
 
 class CPSD(Pretext):
-    """STONE: the pitch profile turns as the music is transposed. omegas: circles, averaged; 7 fifths, 1 semitones."""
+    """STONE: the profile turns with the music. omegas: circles that are averaged, 7 of fifths, 1 of semitones."""
     branch, views, outputs = "cqt", 3, 12
 
     def __init__(self, dim, omegas=(7, 1)):
         super().__init__()
-        # 12 pitch classes, straight. STONE and MT2 map to 84 bins and average over octaves; the mean of linear maps is a
-        # linear map, so both heads can say exactly the same.
+        # STONE and MT2 map to 84 bins and average over octaves; the mean of linear maps is a linear map, as here.
         self.head, self.omegas = nn.Linear(dim, self.outputs), omegas
 
     def reset(self):
-        circulant_(self.head.weight.data.T).mul_(0.3)  # unsure at first: a saturated softmax learns nothing
+        circulant_(self.head.weight.data.T).mul_(0.3)  # small initial logits: a saturated softmax has no gradient
+
+    def log_keys(self, token):
+        """token (..., dim) -> log probabilities (..., outputs)."""
+        return (self.head(token).float() / PROFILE_TEMPERATURE).log_softmax(dim=-1)
 
     def keys(self, token):
-        """token (..., dim) -> probabilities (..., outputs), summing to 1."""
-        return (self.head(token).float() / PROFILE_TEMPERATURE).softmax(dim=-1)
+        """token (..., dim) -> probabilities (..., outputs)."""
+        return self.log_keys(token).exp()
 
     def profile(self, token):
-        """token (..., dim) -> pitch profile (..., 12) over key signatures, non-negative, summing to 1."""
+        """token (..., dim) -> pitch profile (..., 12) over key signatures, summing to 1."""
         return self.keys(token).unflatten(-1, (-1, 12)).sum(dim=-2)
 
     def equivariance(self, profile, batch):
+        """CPSD of the profile (3, batch, 12), averaged over the circles, and the mean |z| to log."""
         loss = sum(cpsd(profile, batch["shifts"], omega, TRANSPOSED_PAIRS) for omega in self.omegas) / len(self.omegas)
         re, im = circle_point(profile.detach(), self.omegas[0])
         return loss, {"mean_abs_z": (re ** 2 + im ** 2).sqrt().mean()}
@@ -264,17 +263,16 @@ class CPSD(Pretext):
 
 
 class SKey(CPSD):
-    """S-KEY: 24 outputs, major keys first; CPSD on the sum of relatives, and a guess from chroma tells them apart. (Chroma: how
-    loud each pitch class is, all octaves together. Relatives, tonic, triad: see the songs in data.py.)
+    """S-KEY: 24 outputs, major keys first; CPSD on the sum of relatives, and a pseudo-label from chroma for the mode.
 
-    Output q (major) and 12 + q (its relative minor) share a key signature. Of the two, the one whose tonic triad sounds
-    more is taken as the answer: a pseudo-label, right often enough to learn from, and it turns along with the music.
-    (S-KEY compares the tonics alone. Given the signature, tonics name the mode of 71 % of POP909's clips, triads of 75 %.)
-    It must know which pitch class output q stands for, which CPSD leaves open; `alignment` counts at which rotation the
-    profiles agree with the scale whose seven notes sound most. The balance term keeps all from being major.
+    (Chroma: the level of each pitch class, all octaves together. Relatives, tonic, triad: see the songs in data.py.)
+    Output q (major) and 12 + q (its relative minor) share a key signature. The pseudo-label is the one whose tonic
+    triad is louder (S-KEY: whose tonic is; that names the mode of 71 % of POP909's clips, the triad of 75 %). CPSD
+    leaves open which pitch class output 0 stands for: `alignment` averages how well the profiles, at each rotation,
+    agree with the scale whose seven notes are loudest. The balance term keeps all from being major.
     """
-    outputs, hears = 24, True
-    # S-KEY (code; its paper says 15). There CPSD is a sum over three pairs, here a mean, so these are thirds of theirs.
+    outputs, needs_spectrogram = 24, True
+    # S-KEY (code; its paper has 15). There CPSD is a sum over three pairs, here a mean, so these are thirds of theirs.
     MODE, BALANCE = 1.5 / 3, 20.0 / 3
 
     def __init__(self, dim, omegas=(7, 1)):
@@ -282,37 +280,39 @@ class SKey(CPSD):
         self.register_buffer("alignment", torch.zeros(12))
         major = torch.tensor([1, 0, 1, 0, 1, 1, 0, 1, 0, 1, 0, 1.])
         self.register_buffer("scales", torch.stack([major.roll(q) for q in range(12)]), persistent=False)
+        self.register_buffer("triads", torch.tensor([0, 4, 7, -3, 0, 4]), persistent=False)  # major, relative minor
 
     def reset(self):
         circulant_(self.head.weight.data[:12].T).mul_(0.3)
-        self.head.weight.data[12:] = self.head.weight.data[:12]  # major and minor start level
+        self.head.weight.data[12:] = self.head.weight.data[:12]  # major and minor start equally likely
 
     @torch.no_grad()
-    def guess(self, profile, batch):
-        """1.0 where major, (batch,): the louder of the two tonic triads of the key signature. profile (views, batch, 12)."""
+    def pseudo_label(self, profile, batch):
+        """profile (views, batch, 12) -> (batch,), 1.0 where the signature's major tonic triad is the louder one."""
         cqt = batch["cqt"][:2].flatten(0, 1).float()                                           # (2 batch, frames, 84)
         # Bins louder than their neighbours are partials; the rest is the filters' slopes, drums and noise.
-        peaks = torch.where(cqt >= F.max_pool1d(cqt, 3, stride=1, padding=1), cqt, 0)
-        chroma = peaks.unflatten(0, (2, -1)).unflatten(-1, (-1, 12)).mean(dim=(0, 2, 3))       # (batch, 12) from the crop's first bin
+        peaks = torch.where(cqt >= F.max_pool1d(cqt, 3, stride=1, padding=1), cqt, 0)          # (2 batch, frames, 84)
+        chroma = peaks.unflatten(0, (2, -1)).unflatten(-1, (-1, 12)).mean(dim=(0, 2, 3))       # (batch, 12), from bin 0
         centred = F.normalize(chroma - chroma.mean(dim=-1, keepdim=True), dim=-1)
-        believed = (10 * centred @ self.scales.T).softmax(dim=-1)                              # (batch, 12)
-        answer = profile[:2].mean(dim=0)                                                       # (batch, 12)
-        agreement = torch.stack([(answer.roll(-r, dims=-1) * believed).sum(dim=-1).mean() for r in range(12)])
-        self.alignment.lerp_(agreement, 0.05)
-        tonic = (answer.argmax(dim=-1) - self.alignment.argmax()) % 12                         # (batch,) pitch class of the major tonic
-        loudness = lambda pitch: chroma.gather(1, (pitch % 12)[:, None])[:, 0]
-        major, minor = (loudness(root) + loudness(root + third) + loudness(root + 7) for root, third in ((tonic, 4), (tonic - 3, 3)))
+        template_posterior = (10 * centred @ self.scales.T).softmax(dim=-1)                    # (batch, 12)
+        mean_profile = profile[:2].mean(dim=0)                                                 # (batch, 12)
+        rotated = torch.stack([mean_profile.roll(-r, dims=-1) for r in range(12)])             # (12, batch, 12)
+        self.alignment.lerp_((rotated * template_posterior).sum(dim=-1).mean(dim=-1), 0.05)
+        tonic = mean_profile.argmax(dim=-1) - self.alignment.argmax()                          # (batch,) of the major
+        notes = (tonic[:, None] + self.triads) % 12                                            # (batch, 6)
+        major, minor = chroma.gather(1, notes).unflatten(1, (2, 3)).sum(dim=-1).T              # (batch,) each
         return (major > minor).float()
 
     def forward(self, token, batch, teacher=None):
-        keys = self.keys(token)                                                                # (3, batch, 24)
-        profile = keys.unflatten(-1, (2, 12)).sum(dim=-2)                                      # (3, batch, 12)
+        log_keys = self.log_keys(token)                                                        # (3, batch, 24)
+        profile = log_keys.exp().unflatten(-1, (2, 12)).sum(dim=-2)                            # (3, batch, 12)
         loss, logs = self.equivariance(profile, batch)
-        major = keys[..., :12].sum(dim=-1).clamp(1e-6, 1 - 1e-6)                               # (3, batch)
-        guess = self.guess(profile, batch)                                                     # (batch,)
-        mode = -(guess * major.log() + (1 - guess) * (1 - major).log()).mean(dim=1).sum()      # sum over the three views
-        balance = (major[:2].mean() - 0.5) ** 2
-        logs |= {"cpsd_term": loss.detach(), "mode_term": mode.detach(), "balance_term": balance.detach(), "major_share": major.detach().mean()}
+        log_major, log_minor = log_keys.unflatten(-1, (2, 12)).logsumexp(dim=-1).unbind(-1)    # (3, batch) each
+        label = self.pseudo_label(profile, batch)                                              # (batch,)
+        mode = -(label * log_major + (1 - label) * log_minor).mean(dim=1).sum()                # sum over three views
+        balance = (log_major[:2].exp().mean() - 0.5) ** 2
+        logs |= dict(cpsd_term=loss.detach(), mode_term=mode.detach(), balance_term=balance.detach())
+        logs["major_share"] = log_major.detach().exp().mean()
         return loss + self.MODE * mode + self.BALANCE * balance, logs
 
 
@@ -320,56 +320,59 @@ class Tone(SKey):
     """Semi-TONE: 24 outputs and CPSD; the views of a piece agree on the mode, or where it has a label, learn its key.
 
     Without any label this is STONE's 24-class model, with labels on all pieces its supervised one. A label names the
-    key as played; a view at crop c hears it c semitones lower. (Where a label is known nothing else speaks of the mode:
-    agreement alone likes one mode for all, and beside it even labels on every piece taught none. Our choice.)
+    key as played, before the shift. Labelled pieces have no agreement term (our choice): it favours one mode for all;
+    beside it even labels on every piece did not teach the mode.
     """
-    hears = False
+    needs_spectrogram = False
     # Which view's major share teaches which (target, prediction, weight), times 1.5: STONE's 24-class code.
     AGREE = ((0, 2, 1.0), (1, 2, 0.5), (2, 1, 0.5), (0, 1, 1.0))
 
     def forward(self, token, batch, teacher=None):
-        keys = self.keys(token)                                                                # (3, batch, 24)
-        loss, logs = self.equivariance(keys.unflatten(-1, (2, 12)).sum(dim=-2), batch)
-        major = keys[..., :12].sum(dim=-1).clamp(1e-6, 1 - 1e-6)                               # (3, batch)
-        agree = sum(weight * -(major[t] * major[p].log() + (1 - major[t]) * (1 - major[p]).log()) for t, p, weight in self.AGREE)  # (batch,)
-        label = batch["keys"]                                                                  # (batch,)
+        log_keys = self.log_keys(token)                                                        # (3, batch, 24)
+        loss, logs = self.equivariance(log_keys.exp().unflatten(-1, (2, 12)).sum(dim=-2), batch)
+        log_modes = log_keys.unflatten(-1, (2, 12)).logsumexp(dim=-1)                          # (3, batch, 2)
+        nll_of = lambda target, prediction: -(log_modes[target].exp() * log_modes[prediction]).sum(dim=-1)  # (batch,)
+        agreement = sum(weight * nll_of(target, prediction) for target, prediction, weight in self.AGREE)
+        label = batch["keys"]                                                                  # (batch,), -1: none
+        labelled = (label >= 0).float()                                                        # (batch,)
         signature = torch.where(label < 12, label, label + 3) % 12                             # (batch,)
-        heard = (signature + batch["shifts"]) % 12 + 12 * (label >= 12)                        # (3, batch)
-        surprise = -keys.clamp(min=1e-6).log().gather(-1, heard[..., None])[..., 0]            # (3, batch)
-        known = (label >= 0).float()                                                           # (batch,)
-        mode = (agree * (1 - known)).sum() / (1 - known).sum().clamp(min=1)
-        named = (surprise * known).sum() / (3 * known.sum()).clamp(min=1)
-        logs |= {"cpsd_term": loss.detach(), "mode_term": mode.detach(), "label_term": named.detach(), "labelled_share": known.mean()}
-        return loss + self.MODE * mode + named, logs
+        target = (signature + batch["shifts"]) % 12 + 12 * (label >= 12)                       # (3, batch)
+        nll = -log_keys.gather(-1, target[..., None])[..., 0]                                  # (3, batch)
+        mode = (agreement * (1 - labelled)).sum() / (1 - labelled).sum().clamp(min=1)
+        label_loss = (nll * labelled).sum() / (3 * labelled.sum()).clamp(min=1)
+        logs |= dict(cpsd_term=loss.detach(), mode_term=mode.detach(), label_term=label_loss.detach())
+        logs["labelled_share"] = labelled.mean()
+        return loss + self.MODE * mode + label_loss, logs
 
 
 class NTXent(Pretext):
-    """SimCLR, CLMR, ViT-1D: find the other excerpt among all of the batch, by the cosine of 128-d embeddings (SimCLR)."""
+    """SimCLR, CLMR, ViT-1D: find the other excerpt among all of the batch, by the cosine of 128-d embeddings."""
 
     def __init__(self, dim):
         super().__init__()
         self.head = projector(dim, 128)
 
     def forward(self, token, batch, teacher=None):
-        return nt_xent(self.head(token)), {}
+        return nt_xent(self.head(token), batch["tracks"]), {}
 
 
 class BYOL(Pretext):
-    """BYOL: projector 4 dim - 256 and predictor of the same shape on the student (BYOL's 4096 - 256, scaled to the trunk)."""
-    teacher = True
+    """BYOL: projector 4 dim - 256, predictor of the same shape on the student (its 4096 - 256, scaled to the trunk)."""
+    needs_teacher = True
 
     def __init__(self, dim):
         super().__init__()
-        self.head, self.predictor = projector(dim, 256, norm=ViewNorm), projector(256, 256, 4 * dim, norm=ViewNorm)
+        self.head = projector(dim, 256, norm=ViewNorm)
+        self.predictor = projector(256, 256, 4 * dim, norm=ViewNorm)
 
     def forward(self, token, batch, teacher):
-        other, seen = teacher
-        return byol(self.predictor(self.head(token)), other.head(seen)), {}
+        average, teacher_token = teacher
+        return byol(self.predictor(self.head(token)), average.head(teacher_token)), {}
 
 
 class Cluster(Pretext):
-    """DINO's loss on 1024 prototypes. Teacher temperature 0.02 -> 0.04 by cosine in the first tenth, centre 0.9 (multi-view)."""
-    teacher = True
+    """DINO, 1024 prototypes. Teacher temperature 0.02 -> 0.04 in the first tenth, centre momentum 0.9 (multi-view)."""
+    needs_teacher = True
 
     def __init__(self, dim):
         super().__init__()
@@ -383,21 +386,18 @@ class Cluster(Pretext):
             return F.normalize(embedding, dim=-1) @ F.normalize(prototypes, dim=-1).T
 
     def forward(self, token, batch, teacher):
-        other, seen = teacher
-        with torch.no_grad():
-            target = other.outputs(seen)                                                       # (2, batch, 1024)
+        average, teacher_token = teacher
+        target = average.outputs(teacher_token)                                                # (2, batch, 1024)
         rise = (batch["progress"] / 0.1).clamp(max=1)
         temperature = 0.03 - 0.01 * torch.cos(math.pi * rise)
         loss = cluster(self.outputs(token), target, self.centre, temperature)
-        with torch.no_grad():
-            share = ((target - self.centre) / temperature).softmax(dim=-1).mean(dim=(0, 1))    # (1024,)
-            entropy = -(share * share.clamp(min=1e-12).log()).sum()
-            self.centre.lerp_(target.mean(dim=(0, 1)), 0.1)
-        return loss, {"cluster_entropy": entropy}  # log(1024) = 6.9: all clusters in use; 0: one took all
+        share = ((target - self.centre) / temperature).softmax(dim=-1).mean(dim=(0, 1))        # (1024,)
+        self.centre.lerp_(target.mean(dim=(0, 1)), 0.1)
+        return loss, {"cluster_entropy": torch.special.entr(share).sum()}  # 6.9: all in use; 0: one took all
 
 
 class Barlow(Pretext):
-    """Barlow Twins on 1024 dimensions. The sum over dimensions is divided by their number, so that it weighs like the others."""
+    """Barlow Twins on 1024 dimensions; the loss divided by their number has the scale of the others."""
 
     def __init__(self, dim):
         super().__init__()
@@ -409,12 +409,12 @@ class Barlow(Pretext):
 
 
 class VICReg(Barlow):
-    """VICReg on the same head, divided by its weight 25, so that it weighs like the others."""
+    """VICReg on the same head; the loss divided by its weight 25 has the scale of the others."""
 
     def forward(self, token, batch, teacher=None):
         a, b = self.head(token)
         return vicreg(a, b) / 25, {}
 
 
-PRETEXT = {"cpsd": CPSD, "cpsd1": partial(CPSD, omegas=(1,)), "skey": SKey, "tone": Tone,
-           "ntxent": NTXent, "byol": BYOL, "cluster": Cluster, "barlow": Barlow, "vicreg": VICReg}
+PRETEXT = {"cpsd": CPSD, "cpsd1": partial(CPSD, omegas=(1,)), "skey": SKey, "tone": Tone, "ntxent": NTXent,
+           "byol": BYOL, "cluster": Cluster, "barlow": Barlow, "vicreg": VICReg}

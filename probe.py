@@ -63,20 +63,19 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (AUDIO_SUFFIXES, CROP_BINS, DYNAMIC_RANGE, FMIN, HOP, MAX_CROP, N_BINS, N_MELS, PITCH_CROP, SAMPLE_RATE, SCALES, SEGMENT, SYNTH_SPLITS,
+from data import (AUDIO_SUFFIXES, CROP_BINS, DYNAMIC_RANGE, FMIN, FRAME_SECONDS, HOP, KEY_NAMES, MAX_CROP, N_BINS, N_MELS, PITCH_CROP, SAMPLE_RATE, SCALES, SEGMENT, SYNTH_SPLITS,
                   TIMBRES, FrontEnd, InputError, audio_to_frames, compose, crop_views, find_audio, prepare_files,
-                  prepare_folders, prepare_synth, read_audio, render_note, run_cli, write_atomic)
-from model import MT2, load_checkpoint, pick_amp
+                  parse_key, prepare_folders, prepare_synth, read_audio, read_labels, read_table, render_note, run_cli, walk, write_atomic)
+import model as networks
+from model import MT2, pick_amp
 
 SEEDS = 5
-FRAME_SECONDS = HOP / SAMPLE_RATE
 
 
 # ---------------------------------------------------------------- labels: keys, chords
 
 # What a key and a chord are, data.py says above its songs. Both are numbers here: the tonic of a key, or the root of a chord, in
 # semitones above C (0..11), plus 12 for minor.
-KEY_NAMES = "C Db D Eb E F Gb G Ab A Bb B".split()
 ALL_KEYS = KEY_NAMES + "c c# d eb e f f# g g# a bb b".split()  # index 0..23; minor keys in lower case, spelled as in their major relatives
 # Tonic of the major key with the same seven notes, hence the same signature: A minor (21) -> C (0).
 SIGNATURES = np.array([*range(12), *((tonic + 3) % 12 for tonic in range(12))])
@@ -85,12 +84,6 @@ SIGNATURES = np.array([*range(12), *((tonic + 3) % 12 for tonic in range(12))])
 def pitch_class(note):
     """'Bb' -> 10: a letter A..G with any number of sharps and flats, in semitones above C, 0..11."""
     return ("C D EF G A B".index(note[0]) + note.count("#") - note.count("b")) % 12
-
-
-def parse_key(text):
-    """'F# minor', 'Bb:maj', 'a', 'd# minor<TAB>2' ... -> 0..11 major, 12..23 minor (C = 0); None when it names no single key."""
-    match = re.fullmatch(r"([A-Ga-g][#b]*)[\s:]*(?:(?i:major|maj)|M|((?i:minor|min)|m))?", text.split("\t")[0].strip())
-    return match and pitch_class(match[1].capitalize()) + 12 * (match[2] is not None)
 
 
 # Chord qualities by their notes within a fifth (7 semitones) of the root: what lies above, such as sevenths, does not decide.
@@ -126,18 +119,9 @@ def parse_chord(label):
     for removed, degree in re.findall(rf"(\*?)({DEGREE})", edits):
         notes = notes - {semitones(degree)} if removed else notes | {semitones(degree)}
     if bass:
-        notes.add(semitones(bass))
+        notes.add(semitones(bass) % 12)
     triad = {note for note in notes if note <= 7}
     return pitch_class(root) if triad == {0, 4, 7} else 12 + pitch_class(root) if triad == {0, 3, 7} else UNKNOWN
-
-
-def read_table(path, delimiter=",", errors="replace"):
-    """Rows of a CSV file with a header: [{column: cell}], blanks at the ends of both removed. Raises InputError."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig", errors=errors) as file:
-            return [{k.strip(): (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(file, delimiter=delimiter)]
-    except (OSError, UnicodeDecodeError, csv.Error):
-        raise InputError(f"{path}: is not a readable CSV file in UTF-8") from None
 
 
 def read_intervals(path):
@@ -179,9 +163,7 @@ class Files:
     def __init__(self, roots):
         self.roots, self.paths, self.by_name = roots, [], {}
         for root in roots:
-            for folder, folders, names in os.walk(root, followlinks=True):
-                folders.sort()
-                self.paths += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+            self.paths += walk(root)
         for path in sorted(self.paths, key=lambda path: path.suffix.lower() != ".wav"):  # a .wav is preferred to its .au
             if path.suffix.lower() in AUDIO_SUFFIXES:
                 for name in (path.stem, f"{path.parent.name}/{path.stem}"):
@@ -450,7 +432,7 @@ def read_csv(args):
     anywhere -> tags; else classes. Rows without a label, or whose key names no single key, are counted and left out.
     Raises InputError.
     """
-    audio, rows = Path(args.audio or Path(args.data).parent), read_table(args.data, errors="strict")
+    audio, rows = Path(args.audio or Path(args.data).parent), read_table(args.data)
     for column in filter(None, ("file", args.label, args.split, args.group)):
         if not rows or column not in rows[0]:
             raise InputError(f"{args.data}: has no column {column!r}; it has {', '.join(rows[0]) if rows else 'no rows'}")
@@ -1679,6 +1661,14 @@ def checkpoint_of(args):
     return newest or SHIPPED
 
 
+def load_checkpoint(path, device="cpu"):
+    """model.load_checkpoint, whose ValueError becomes an InputError."""
+    try:
+        return networks.load_checkpoint(path, device)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
 def open_frames_model(args, checkpoint):
     """A network whose class tokens can be followed over frames. Raises InputError for patches, or without class tokens."""
     model = load_checkpoint(checkpoint, args.device)
@@ -1697,19 +1687,6 @@ def synth_tracks(**parts):
             numbers.append(i)
             tracks.append(Track(store.paths[i], None, song | dict(beats=np.array(song["beats"])), part, str(i)))
     return store, np.array(numbers), tracks
-
-
-def read_keys(path):
-    """{file: key 0..23, or None where it names no single one} of a CSV with the columns file,key. Raises InputError."""
-    try:
-        return {row["file"]: parse_key(row["key"]) for row in read_table(path, errors="strict")}
-    except KeyError:
-        raise InputError(f"{path}: is not a CSV with the columns file,key") from None
-
-
-def below(path):
-    """A store's path without the name of the prepared folder: files in a CSV are named relative to it."""
-    return str(Path(*Path(path).parts[1:]))
 
 
 def tracks_of(args):
@@ -1961,28 +1938,31 @@ def print_key(args):
     if args.keys:
         return score_keys(args, checkpoint, model)
     front_end, piece, rotation = FrontEnd(), round(15 / FRAME_SECONDS), calibrate(model, args.device)
-    for file in [f for song in args.songs for f in ([song] if Path(song).is_file() else [p for _, p in find_audio([song])])]:
+    files, skipped = [f for song in args.songs for f in ([song] if Path(song).is_file() else [p for _, p in find_audio([song])])], 0
+    for file in files:
         try:
             frames = audio_to_frames(read_audio(file), front_end)
         except InputError as error:
             print(f"skipped {error}")
+            skipped += 1
             continue
         parts = [frames[i:i + piece] for i in range(0, max(1, len(frames) - SEGMENT), piece)]
         keys = by_tonic(key_outputs(model, [frames, *parts], args.device), rotation)
         print(f"{file}: {name_of(keys[0])}")
         for i, key in enumerate(keys[1:] if len(parts) > 2 else []):
             print(f"    {clock(15 * i)}  {name_of(key)}")
+    if skipped == len(files):
+        raise InputError(f"none of {skipped} files could be read as audio; see the lines above")
 
 
 def score_keys(args, checkpoint, model):
     """Keys without labels against those of a CSV: the network, the untrained one and the template."""
-    store, keys = prepare_folders(args.songs), read_keys(args.keys)
-    inside = {below(p): i for i, p in enumerate(store.paths)}
-    found = {inside[f]: key for f, key in keys.items() if key is not None and f in inside}
-    print(f"{len(found)} of {len(keys)} rows used: {sum(k is None for k in keys.values())} name no single key, "
-          f"{sum(f not in inside for f in keys)} have no readable file")
+    store = prepare_folders(args.songs)
+    keys = {path: parse_key(text) for path, text in read_labels(args.keys, "key", store.paths).items()}
+    found = {i: keys[path] for i, path in enumerate(store.paths) if keys.get(path) is not None}
+    print(f"{len(found)} tracks used, {len(keys) - len(found)} name no single key")
     if not found:
-        raise InputError(f"{args.keys}: no row names a file below {' '.join(args.songs)}; give paths relative to that folder")
+        raise InputError(f"{args.keys}: no row names a single key")
     tracks, truth = [store.track(i) for i in found], np.array(list(found.values()))
     rows = {f"{prefix}{model.key_token()}": key_probabilities(network, tracks, args.device).numpy()
             for prefix, network in (("", model), ("untrained ", untrained(model, args.device)))}
@@ -2070,8 +2050,8 @@ def print_map(args):
         numbers = np.arange(len(store.paths))
         labels, by = [Path(p).parts[1] if len(Path(p).parts) > 2 else "." for p in store.paths], "folder"
         if args.keys:
-            keys = read_keys(args.keys)
-            labels, by = [circle(keys.get(below(p))) for p in store.paths], "key"
+            keys = read_labels(args.keys, "key", store.paths)
+            labels, by = [circle(parse_key(keys.get(p, ""))) for p in store.paths], "key"
     else:
         store, numbers, songs = synth_tracks(test=256)
         labels, by = [circle(song.labels["key"]) for song in songs], "key"

@@ -20,7 +20,7 @@ import train  # noqa: E402
 
 
 def mel_kept():
-    train.training_views = data.crop_views
+    data.training_views = data.crop_views
 
 
 def plain_init():
@@ -36,12 +36,12 @@ def plain_init():
 
 def change_frames(change):
     """Let `change(frames in [0, 1], rng)` at the frames (views, batch, kept, 224) of every batch, before they are cropped."""
-    plain = train.training_views
+    plain = data.training_views
 
     def views(frames, crops):
         rng = np.random.default_rng(frames[0, 0, 0].cpu().numpy())         # drawn from the batch: a resumed run draws the same
         return plain(change(frames.float() / 255, rng).clamp(0, 1) * 255, crops)
-    train.training_views = views
+    data.training_views = views
 
 
 def jitter(frames, rng):

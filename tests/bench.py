@@ -204,7 +204,8 @@ class Plain(torch.nn.Module):
         self.key, self.style = losses.CPSD(dim), losses.NTXent(dim)
 
     def forward(self, segments, step, mask):
-        frames, crops, _, _ = segments.batch(0, step)                      # whole segments
+        batch = segments.batch(0, step)                                     # whole segments
+        frames, crops = batch["frames"], batch["crops"]
         views = []
         for frame, crop in zip(frames.flatten(0, 1), crops.flatten()):     # item by item
             cqt = frame[:, crop:crop + data.CROP_BINS].float() / 255
@@ -216,11 +217,23 @@ class Plain(torch.nn.Module):
         return self.key(x[:, :, 0], batch)[0] + self.style(x[:2, :, 1], batch)[0]
 
 
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, data sheets
+
+
+def step_flops(model, batch, mask, views):
+    """Floating-point operations of one training step by formula: 6 per weight and token, and attention's products."""
+    dim, depth, flops = model.config["dim"], model.config["depth"], 0
+    for patch in range(len(model.patches)):
+        tokens = max(1, round(model.patch_count(data.SEGMENT, patch) * (1 - mask))) + model.class_token_count
+        flops += views * batch * tokens * (6 * 12 * depth * dim ** 2 + 12 * depth * dim * tokens)
+    return flops
+
+
 def our_step(network, segments, mask, device, compiled=False):
     """(a function of the step number that trains one step, one that only makes its batch) as train.py does."""
     optimizer, (amp, _) = training.make_optimizer(network), pick_amp(device)
     losses_of = torch.compile(training.training_losses) if compiled else training.training_losses
-    batch = lambda step: training.make_batch(segments, network, 0, step, 3, mask, 1000, device)
+    batch = lambda step: training.make_batch(segments, network, 0, step, mask, 1000, device)
 
     def train_one(step):
         inputs = batch(step)
@@ -261,7 +274,7 @@ def training_step():
         print("  no GPU: skipped")
         return
     device = torch.device("cuda", torch.cuda.current_device())
-    peak = next((p for name, p in training.PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), float("nan"))
+    peak = next((p for name, p in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), float("nan"))
     front_end, wave = data.FrontEnd().to(device), 0.1 * torch.randn(3 * 128, 64000, device=device)
     with tempfile.TemporaryDirectory() as folder:
         store = random_store(Path(folder), 40)
@@ -277,7 +290,7 @@ def training_step():
                 torch.cuda.synchronize()
             step, views = seconds(lambda: some(train_one)) / 20, seconds(lambda: some(batch)) / 20
             heard = seconds(torch.inference_mode()(lambda: some(lambda _: front_end(wave)))) / 20 * size_of_batch / 128
-            flops = training.step_flops(network, size_of_batch, mask, 3)
+            flops = step_flops(network, size_of_batch, mask, 3)
             print(f"  batch {size_of_batch}, mask {mask}: {1 / step:.1f} steps/s, MFU {100 * flops / step / peak:.1f} %, "
                   f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, batch and views take {100 * views / step:.0f} % of that time; "
                   f"had they come as audio, their front end would take {100 * heard / step:.0f} %")

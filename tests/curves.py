@@ -17,17 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import probe  # noqa: E402
 import train  # noqa: E402
-from model import load_checkpoint, pick_amp  # noqa: E402
+from model import load_checkpoint, pick_amp, read_checkpoint  # noqa: E402
 
 BATCHES = 16  # from the held-out music; their mean is the held-out loss
 
 
 @torch.no_grad()
-def held_out_losses(model, segments, args, device):
+def held_out_losses(model, segments, settings, device):
     """{token: mean loss over BATCHES batches}, each a function of its number alone."""
-    views, sums = max(task.views for task in model.heads.values()), dict.fromkeys(model.tokens, 0.0)
+    sums = dict.fromkeys(model.tokens, 0.0)
     for number in range(BATCHES):
-        batch = train.make_batch(segments, model, args.seed + 1, number, views, args.mask, BATCHES, device)
+        batch = train.make_batch(segments, model, settings["seed"] + 1, number, settings["mask"], BATCHES, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=pick_amp(device)[0]):
             for name, loss in train.training_losses(model, None, batch)[0].items():
                 sums[name] += loss.item() / BATCHES
@@ -65,16 +65,15 @@ def main():
     out, size = Path(args.out), args.batch_size or train.PRESETS[args.preset or "small"]["batch_size"]
     segments = data.Segments(data.open_data([own.held]), size)             # before hours of training: it may be too little music
     for step in map(int, own.at.split(",")):
-        args = train.parse_args([*rest, "--no-probe", "--stop-at", str(step), *(["--resume"] if stages else [])])
-        train.train(args)
-        device = train.pick_device(args.device)
+        train.main([*rest, "--no-probe", "--stop-at", str(step), *(["--resume"] if stages else [])])
+        settings, device = read_checkpoint(out / "checkpoint.pt")["settings"], train.pick_device(args.device)
         model = load_checkpoint(out / "checkpoint.pt", device)
         results, _ = probe.synth_table(model, device)
         shown = {name: ("instrument @512", "retrieval") for name in model.tokens}
         shown |= {model.key_token(): ("key sig. 0-shot", "key @512"), "sequence mean": ("chord",)}
         probes = {row: {column: results[row][column]["mean"] for column in columns if column in results[row]}
                   for row, columns in shown.items() if row in results}
-        stages.append(dict(step=step, held_out=held_out_losses(model, segments, args, device), probes=probes))
+        stages.append(dict(step=step, held_out=held_out_losses(model, segments, settings, device), probes=probes))
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         data.write_atomic(out / "curves.json", json.dumps(dict(stages=stages, log=log)).encode())
         print(json.dumps(stages[-1]))

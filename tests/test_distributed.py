@@ -1,4 +1,4 @@
-"""Two processes train what one would: every loss and gradient, a whole run, an interrupt, a death."""
+"""Two processes train what one would: every loss and gradient, a whole run, an interrupt, a killed process."""
 import json
 import os
 import socket
@@ -31,7 +31,7 @@ def one_step(case, store, share=slice(None)):
             p.add_(0.1 * torch.randn(p.shape))
     stores = [data.FrameStore(store)]
     segments = data.Segments(stores, 8, {path: i for i, path in enumerate(stores[0].paths) if i % 3})
-    batch = train.make_batch(segments, network, 0, 5, 3, 0.5, 10, "cpu", share)
+    batch = train.make_batch(segments, network, 0, 5, 0.5, 10, "cpu", share)
     step = torch.compile(train.training_losses, backend="eager") if case == "compiled" and dist.is_initialized() else train.training_losses
     terms, logs, seen = step(network, teacher, batch)
     sum(terms.values()).backward()
@@ -74,13 +74,13 @@ def test_two_halves_are_a_whole(case, halves):
 def test_shares_make_the_batch(halves):
     segments = data.Segments([data.FrameStore(halves[1])], 8)
     whole, shares = segments.batch(3, 7, 3, 0.6), [segments.batch(3, 7, 3, 0.6, slice(i, i + 2)) for i in (0, 2, 4, 6)]
-    for i in (0, 2):                                                       # frames, positions
-        assert torch.equal(torch.cat([share[i] for share in shares], dim=1), whole[i])
-    assert all(torch.equal(share[i], whole[i]) for share in shares for i in (1, 3))
+    for name in ("frames", "positions"):
+        assert torch.equal(torch.cat([share[name] for share in shares], dim=1), whole[name])
+    assert all(torch.equal(share[name], whole[name]) for share in shares for name in ("crops", "keys", "tracks"))
 
 
 def two_processes(folder, at_step_2, *flags):
-    """train.py as torchrun would start it, twice; the second process does `at_step_2` while it makes that batch. [(exit code, out, err)]."""
+    """train.py as torchrun would start it, twice; the second process does `at_step_2` in that step. [(exit code, out, err)]."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -89,12 +89,12 @@ import os, signal, sys
 import torch
 import data, train
 torch.set_num_threads(1)
-batch = data.Segments.batch
-def watched(self, seed, step, *rest):
-    if step == 2 and os.environ["RANK"] == "1":
+training_losses, steps = train.training_losses, iter(range(99))
+def watched(*rest):
+    if next(steps) == 2 and os.environ["RANK"] == "1":
         {at_step_2}
-    return batch(self, seed, step, *rest)
-data.Segments.batch = watched
+    return training_losses(*rest)
+train.training_losses = watched
 data.run_cli(train.main)
 """
     start = lambda rank: subprocess.Popen(
@@ -103,19 +103,19 @@ data.run_cli(train.main)
         env=os.environ | dict(PYTHONPATH=str(ROOT), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)))
     running = [start(rank) for rank in (0, 1)]
     try:
-        said = [process.communicate(timeout=120) for process in running]
+        output = [process.communicate(timeout=120) for process in running]
     finally:
         for process in running:
             process.kill()
-    return [(process.returncode, *text) for process, text in zip(running, said)]
+    return [(process.returncode, *text) for process, text in zip(running, output)]
 
 
-def test_a_run_of_two_stops_as_one_and_goes_on_alone(store, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_of_two_stops_at_one_step_and_resumes_on_one(store, tmp_path, monkeypatch):  # noqa: F811
     common = ("--data", store, "--batch-size", 8, "--steps", 6, "--log-every", 2)
     run(monkeypatch, *common, "--out", tmp_path / "a")
     first, second = two_processes(tmp_path, "signal.raise_signal(signal.SIGINT)", *common, "--out", tmp_path / "b")
     assert first[0] == second[0] == 130, (first, second)
-    assert "stopped" in first[2] and second[1] == "" and "stopped" not in second[2] and "training" not in second[2]
+    assert "stopped" in first[1] and second[1] == "" and "training" in first[2] and "training" not in second[2]
     assert torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)["step"] == 4      # the next log line
     run(monkeypatch, "--out", tmp_path / "b", "--resume", "--log-every", 2)
     a, b = ([json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in "ab")
@@ -125,16 +125,16 @@ def test_a_run_of_two_stops_as_one_and_goes_on_alone(store, tmp_path, monkeypatc
             assert two[name] == pytest.approx(one[name], rel=0.02), (one["step"], name)      # AdamW grows what rounding leaves
 
 
-def test_a_death_ends_the_run_in_one_line(store, tmp_path):  # noqa: F811
+def test_a_killed_process_ends_the_run_in_one_line(store, tmp_path):  # noqa: F811
     first, second = two_processes(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", "--data", store, "--batch-size", 8, "--steps", 9,
                                   "--save-every", 1, "--out", tmp_path / "run")
     assert second[0] == -9 and first[0] == 2
     assert [line for line in first[2].splitlines() if line.startswith("error: ")] == [
-        "error: another process of this run ended or cannot be reached; see what it said, then go on with --resume"]
+        "error: another process of this run ended or cannot be reached; see its message, then continue with --resume"]
     assert "Traceback" not in first[2] and torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2
 
 
 def test_processes_share_a_batch_evenly(tmp_path):
     args = train.parse_args(["--preset", "small", "--batch-size", "9", "--out", str(tmp_path)])
-    with pytest.raises(data.InputError, match="--batch-size 9: 2 processes"):
-        train.settle(args, torch.device("cpu"), 2)
+    with pytest.raises(data.InputError, match="--batch-size 9: must be a multiple of 2"):
+        train.resolve_settings(args, torch.device("cpu"), 2)

@@ -26,28 +26,28 @@ def frames_and_crops():
 @pytest.fixture
 def untouched(monkeypatch):
     """What an ablation patches is as before after the test."""
-    monkeypatch.setattr(train, "training_views", train.training_views)
+    monkeypatch.setattr(data, "training_views", data.training_views)
 
 
 def test_jitter_moves_each_view_alike_at_all_times_and_leaves_silence(untouched):
     frames, crops = frames_and_crops()
     frames[:, :, 3:] = 128                                                 # no clipping: the change is the curve itself
-    plain = train.training_views(frames, crops)
+    plain = data.training_views(frames, crops)
     ablations.CHANGES["jitter"]()
-    cqt, mel = train.training_views(frames, crops)
+    cqt, mel = data.training_views(frames, crops)
     assert (cqt[:, :, :3] == 0).all() and (mel[2] == 0).all()
     change = (cqt - plain[0])[:, :, 3:]                                    # (views, batch, frames, 84)
     assert torch.equal(change, change[:, :, :1].expand_as(change)) and change.abs().max() > 0.05
     assert (change[0, 0, 0] - change[1, 0, 0]).abs().max() > 0.01          # views of one piece differ
-    again = train.training_views(frames, crops)
+    again = data.training_views(frames, crops)
     assert torch.equal(cqt, again[0]) and torch.equal(mel, again[1])
 
 
 def test_mixing_adds_a_neighbour_in_the_background(untouched):
     frames, crops = frames_and_crops()
-    plain = train.training_views(frames, crops)[0]
+    plain = data.training_views(frames, crops)[0]
     ablations.CHANGES["mixing"]()
-    cqt = train.training_views(frames, crops)[0]
+    cqt = data.training_views(frames, crops)[0]
     assert (cqt >= plain - 1e-6).all() and (cqt <= torch.maximum(plain, plain.roll(1, dims=1) - 6 / 80 + 1e-6)).all()
     mixed = (cqt != plain).flatten(2).any(dim=2)                           # (views, batch)
     assert mixed.any() and not mixed.all() and torch.equal(mixed[0], mixed[1])

@@ -1,4 +1,4 @@
-"""Both losses against closed values, symmetries and slow references with explicit loops."""
+"""CPSD and NT-Xent against closed values, symmetries and slow references with explicit loops."""
 import cmath
 import math
 from itertools import combinations, product
@@ -41,7 +41,7 @@ def test_cpsd_is_four_for_opposite_points_and_one_for_uniform_profiles():
         assert cpsd(uniform, torch.tensor([[shift] * 3, [0] * 3])).item() == pytest.approx(1, abs=1e-5)
 
 
-def test_cpsd_notices_a_wrong_sign():
+def test_cpsd_is_sensitive_to_the_sign_of_a_shift():
     """Shifts of 0 and 6 cannot tell the sign, a shift of 1 can: the points end up 60 degrees apart."""
     assert cpsd(one_hot(4, 3), shifts_of(1, 0)).item() < 1e-9
     assert cpsd(one_hot(2, 3), shifts_of(1, 0)).item() == pytest.approx(abs(1 - cmath.exp(1j * math.pi / 3)) ** 2, abs=1e-5)
@@ -122,7 +122,7 @@ def test_the_same_pitch_pair_rewards_a_constant_output():
     assert cpsd(constant, shifts, pairs=[(0, 2), (1, 2)]).item() == pytest.approx(1 + 1 / 9, abs=1e-4)
 
 
-def test_a_pitch_blind_output_never_pays_over_transposed_pairs():
+def test_a_constant_output_is_never_better_than_uniform_over_transposed_pairs():
     """Two different crops out of 0..12: a constant scores 1 + 2/13 |z|^2 + |z|^4, more than the 1 of a uniform output."""
     crops = torch.tensor([(a, b) for a in range(13) for b in range(13) if a != b]).T          # (2, 156)
     for weight in (0.25, 0.5, 1.0):
@@ -134,14 +134,15 @@ def test_a_pitch_blind_output_never_pays_over_transposed_pairs():
 # ---------------------------------------------------------------- NT-Xent
 
 
-def slow_nt_xent(z, temperature=0.1):
-    rows = [(v, i) for v in range(z.shape[0]) for i in range(z.shape[1])]
-    cosine = lambda a, b: (z[a] @ z[b] / z[a].norm() / z[b].norm()).item()
+def slow_nt_xent(z, tracks, temperature):
+    rows = list(product(range(z.shape[0]), range(z.shape[1])))                              # (view, item)
+    weight = lambda a, b: math.exp(F.cosine_similarity(z[a], z[b], dim=0).item() / temperature)
     losses = []
     for anchor in rows:
-        total = sum(math.exp(cosine(anchor, other) / temperature) for other in rows if other != anchor)
         positives = [other for other in rows if other != anchor and other[1] == anchor[1]]
-        losses += [-math.log(math.exp(cosine(anchor, other) / temperature) / total) for other in positives]
+        negatives = [other for other in rows if tracks[other[1]] != tracks[anchor[1]]]
+        total = sum(weight(anchor, other) for other in positives + negatives)
+        losses += [-math.log(weight(anchor, other) / total) for other in positives]
     return sum(losses) / len(losses)
 
 
@@ -165,7 +166,23 @@ def test_nt_xent_of_a_single_pair_is_zero():
 @pytest.mark.parametrize("views, batch, dim, temperature", [(2, 5, 8, 0.1), (2, 8, 5, 0.5), (3, 4, 6, 0.1), (4, 3, 3, 1.0)])
 def test_nt_xent_equals_an_explicit_loop(views, batch, dim, temperature):
     z = embeddings(views, batch, dim).double()
-    assert nt_xent(z, temperature).item() == pytest.approx(slow_nt_xent(z, temperature), rel=1e-4)
+    assert nt_xent(z, temperature=temperature).item() == pytest.approx(slow_nt_xent(z, range(batch), temperature), rel=1e-4)
+
+
+@pytest.mark.parametrize("views, tracks", [(2, [0, 0, 1, 2, 2, 2]), (3, [5, 7, 5, 9]), (2, [3, 3, 3])])
+def test_nt_xent_masks_other_items_of_the_same_track(views, tracks):
+    """They are neither positives nor negatives; with a single track, the positives alone are left."""
+    z, tracks = embeddings(views, len(tracks), 8).requires_grad_(), torch.tensor(tracks)
+    loss = nt_xent(z, tracks)
+    assert loss.item() == pytest.approx(slow_nt_xent(z.detach().double(), tracks.tolist(), 0.1), rel=1e-4)
+    loss.backward()
+    assert z.grad.isfinite().all()
+
+
+def test_pieces_of_one_track_that_sound_alike_are_not_pushed_apart():
+    z, tracks = embeddings(batch=4, noise=0.0), torch.tensor([0, 0, 1, 2])
+    z[:, 1] = z[:, 0]                                                                       # two pieces that are alike
+    assert nt_xent(z, tracks) < nt_xent(z) - 0.2
 
 
 def test_nt_xent_ignores_length_order_of_items_and_order_of_views():

@@ -5,7 +5,9 @@ import re
 import pytest
 import torch
 
-from data import CROP_BINS, N_MELS, SEGMENT, InputError
+import data
+import model as model_file
+from data import CROP_BINS, N_MELS, SEGMENT
 from losses import PRETEXT, cpsd, nt_xent
 from model import MT2, Block, load_checkpoint, parse_patch
 
@@ -13,7 +15,7 @@ SMALL = dict(dim=32, depth=2, heads=2, frames=20)
 
 
 def make(tokens=("cpsd", "ntxent"), seed=0, **changes):
-    """A small model in eval mode whose positions, class tokens and (at birth silent) blocks are large enough to matter."""
+    """A small model in eval mode, its positions, class tokens and blocks (initially the identity) large enough to matter."""
     torch.manual_seed(seed)
     model = MT2(tokens, **{**SMALL, **changes}).eval()
     with torch.no_grad():
@@ -60,7 +62,12 @@ def test_paper_size():
     assert 5.35e6 < parameter_count(("cpsd",), 192, 12) < 5.45e6
 
 
-def test_equivariant_at_birth():
+def test_the_sizes_of_model_and_data_agree():
+    for name in ("CROP_BINS", "N_MELS", "SEGMENT"):
+        assert getattr(model_file, name) == getattr(data, name)
+
+
+def test_equivariant_at_initialisation():
     """Before any training, moving music up by a semitone (within an octave) rotates the profile by one class."""
     torch.manual_seed(0)
     model = MT2(("cpsd",), dim=48, depth=2, heads=2).eval()
@@ -89,14 +96,14 @@ def test_class_tokens_are_found_by_name_whatever_their_order():
 
 
 def test_each_class_token_starts_from_its_own_branch():
-    """Without blocks nothing is mixed: cpsd hears the CQT alone, ntxent the mel spectrogram alone."""
+    """Without blocks nothing is mixed: cpsd depends on the CQT alone, ntxent on the mel spectrogram alone."""
     model, (cqt, mel) = make(depth=0), views()
     plain, other_cqt, other_mel = model(cqt, mel)[0], model(cqt.flip(-1), mel)[0], model(cqt, mel.flip(-1))[0]
     assert torch.equal(plain["cpsd"], other_mel["cpsd"]) and not torch.allclose(plain["cpsd"], other_cqt["cpsd"])
     assert torch.equal(plain["ntxent"], other_cqt["ntxent"]) and not torch.allclose(plain["ntxent"], other_mel["ntxent"])
 
 
-def test_with_blocks_each_class_token_hears_both_branches():
+def test_with_blocks_each_class_token_depends_on_both_branches():
     model, (cqt, mel) = make(), views()
     plain = model(cqt, mel)[0]
     for changed in (model(cqt.flip(-1), mel)[0], model(cqt, mel.flip(-1))[0]):
@@ -138,7 +145,7 @@ def test_without_positions_frames_are_the_first_ones_in_order():
 
 
 def test_order_of_frames_is_known_through_positions_alone():
-    """Frames permuted together with their positions say the same; permuted without them, something else."""
+    """Frames permuted together with their positions give the same tokens; permuted without them, others."""
     model, (cqt, mel) = make(), views()
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     plain, moved = model(cqt, mel)[0], model(cqt[:, order], mel[:, order], order.expand(3, 20))[0]
@@ -159,7 +166,7 @@ def test_kept_frames_keep_their_own_position():
 
 
 @pytest.mark.parametrize("kept", [1, 5, 20])
-def test_a_masked_frame_costs_nothing(kept):
+def test_masked_frames_are_dropped(kept):
     model, seen = make(), []
     model.blocks[0].register_forward_hook(lambda block, args, output: seen.append(args[0].shape))
     cqt, mel = views(frames=kept)
@@ -205,7 +212,7 @@ def test_class_tokens_do_not_reach_the_frames_of_layer_0():
     assert_same(after[:, :2] - before[:, :2], torch.full((3, 2, 32), 100.0), 1e-3)
 
 
-def test_eval_is_deterministic_and_items_do_not_hear_each_other():
+def test_eval_is_deterministic_and_items_are_independent():
     model, (cqt, mel) = make(), views(batch=8)
     first, again = model(cqt, mel, layers=[2]), model(cqt, mel, layers=[2])
     alone = model(cqt[5:6], mel[5:6], layers=[2])
@@ -242,6 +249,14 @@ def test_shapes_that_do_not_fit_are_refused(cqt, mel):
         make()(torch.zeros(cqt), torch.zeros(mel))
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_on_a_gpu_only_where_it_is_native(native, monkeypatch):
+    """A T4 emulates bf16, slower than fp32."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: asked.append(including_emulation) or native)
+    assert model_file.pick_amp(torch.device("cuda"))[0] == native and asked == [False]
+
+
 @pytest.mark.parametrize("shape", [(2, 8), (2, 1), (1, 9, 1)])
 def test_positions_that_do_not_fit_the_frames_are_refused(shape):
     with pytest.raises(ValueError):
@@ -263,7 +278,7 @@ class Code:
 
 def refuse(path):
     """The checkpoint must be refused with one line that names it."""
-    with pytest.raises(InputError, match=re.escape(path.name)) as caught:
+    with pytest.raises(ValueError, match=re.escape(path.name)) as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
 
@@ -275,6 +290,15 @@ def test_checkpoint_round_trip(tmp_path):
     assert not loaded.training and loaded.config == model.config
     expected, result = model(*views())[0], loaded(*views())[0]
     assert all(torch.equal(expected[name], result[name]) for name in ("cpsd", "ntxent"))
+
+
+def test_half_precision_weights_load(tmp_path):
+    model = make()
+    half = {name: weight.half() for name, weight in model.state_dict().items()}
+    torch.save({"config": model.config, "model": half}, tmp_path / "checkpoint.pt")
+    loaded = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert loaded.positions.dtype == torch.float32
+    assert_same(loaded.positions, model.positions, 1e-2)
 
 
 def test_files_that_are_no_checkpoint_are_refused(tmp_path):

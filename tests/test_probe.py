@@ -956,7 +956,7 @@ def test_key_of_files_and_of_labelled_folders(song_folder, checkpoint, tmp_path,
     (tmp_path / "keys.csv").write_text(f"file,key\n{rows}\nlost.wav,A minor\n{files[4].relative_to(song_folder)},X\n", encoding="utf-8")
     command(monkeypatch, "key", song_folder, "--keys", tmp_path / "keys.csv", "--checkpoint", checkpoint)
     out = capsys.readouterr().out
-    assert "4 of 6 rows used: 1 name no single key, 1 have no readable file" in out and "Krumhansl template" in out and "untrained" in out
+    assert "4 tracks used, 1 name no single key" in out and "Krumhansl template" in out and "untrained" in out
     table = json.loads(checkpoint.with_name(f"probe-key-{song_folder.name}.json").read_text())
     assert table["chance"]["signature"] == pytest.approx(1 / 12) and "interval" in table["rows"]["cpsd"]["signature"]
     assert "accuracy" not in table["rows"]["cpsd"] and {"accuracy", "weighted"} <= set(table["rows"]["Krumhansl template"])  # 12 outputs know no mode

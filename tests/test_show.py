@@ -343,7 +343,7 @@ def test_emergence_finds_attention_that_follows_onsets(tmp_path, monkeypatch, qu
 def test_emergence_of_a_folder(song_folder, tmp_path, monkeypatch, capsys, quick):
     monkeypatch.chdir(tmp_path)
     save("m.pt", network(("ntxent",), depth=1))
-    with pytest.raises(data.InputError, match="lost: is not a folder"):
+    with pytest.raises(data.InputError, match="lost: no such file or folder"):
         command(monkeypatch, "emergence", "--data", "lost", "--checkpoint", "m.pt")
     command(monkeypatch, "emergence", "--data", song_folder, "--checkpoint", "m.pt")                   # no labels: onsets alone
     assert "onsets alone" in capsys.readouterr().out

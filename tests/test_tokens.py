@@ -1,4 +1,4 @@
-"""Every pretext task: closed cases of its loss, what its class adds, and two steps of training in any company."""
+"""Every pretext task: closed cases of its loss, what its class adds, and two steps of training, alone and with CPSD."""
 import json
 import sys
 
@@ -95,7 +95,7 @@ def test_effective_rank_counts_directions():
 
 
 def tonal_batch(tonic, minor=False, shifts=(0, 0, -3)):
-    """A batch whose CQT crops, one track an entry of `tonic`, play the scale of a key note by note, its tonic triad louder."""
+    """A batch of CQT crops, one item an entry of `tonic`: the scale of its key note by note, the tonic triad louder."""
     scale, triad = ((0, 2, 3, 5, 7, 8, 10), (0, 3, 7)) if minor else ((0, 2, 4, 5, 7, 9, 11), (0, 4, 7))
     notes = [*((d, 0.5) for d in scale), *((d, 0.8) for d in triad), (0, 1.0)]
     cqt = torch.zeros(3, len(tonic), len(notes), data.CROP_BINS)
@@ -107,30 +107,30 @@ def tonal_batch(tonic, minor=False, shifts=(0, 0, -3)):
     return dict(cqt=cqt, shifts=torch.tensor(shifts)[:, None].expand(3, len(tonic)), keys=torch.full((len(tonic),), -1))
 
 
-def answers(signature, shifts, rotation, share=0.5):
-    """Outputs (3, batch, 24) that name the signature exactly, up to a rotation, with this share for major."""
+def exact_keys(signature, shifts, rotation, share=0.5):
+    """Log probabilities (3, batch, 24) of the true signature, up to a rotation, with this share for major."""
     place = (torch.tensor(signature)[None] + torch.tensor(shifts)[:, None] + rotation) % 12
     one_hot = F.one_hot(place, 12).float()
-    return torch.cat([share * one_hot, (1 - share) * one_hot], dim=-1)
+    return torch.cat([share * one_hot, (1 - share) * one_hot], dim=-1).clamp(min=1e-6).log()
 
 
 @pytest.mark.parametrize("rotation", [0, 5])
 @pytest.mark.parametrize("minor", [False, True])
-def test_skey_hears_major_from_minor_whatever_the_rotation(rotation, minor):
+def test_skey_labels_major_and_minor_at_any_rotation(rotation, minor):
     tonic = [0, 1, 4, 7, 10]
     batch = tonal_batch(tonic, minor)
     signature = [(t + 3) % 12 if minor else t for t in tonic]
     task = losses.SKey(8)
-    profile = answers(signature, (0, 0, -3), rotation).unflatten(-1, (2, 12)).sum(-2)
+    profile = exact_keys(signature, (0, 0, -3), rotation).exp().unflatten(-1, (2, 12)).sum(-2)
     for _ in range(3):
-        guess = task.guess(profile, batch)
-    assert task.alignment.argmax() == rotation and guess.tolist() == [float(not minor)] * 5
+        label = task.pseudo_label(profile, batch)
+    assert task.alignment.argmax() == rotation and label.tolist() == [float(not minor)] * 5
 
 
 def test_skey_terms_have_their_closed_values(monkeypatch):
     task, batch = losses.SKey(8), tonal_batch([0, 1, 4])
     for share, balance in ((0.5, 0.0), (1.0, 0.25), (0.0, 0.25)):
-        monkeypatch.setattr(task, "keys", lambda token: answers([0, 1, 4], (0, 0, -3), 0, share))
+        monkeypatch.setattr(task, "log_keys", lambda token: exact_keys([0, 1, 4], (0, 0, -3), 0, share))
         loss, logs = task(None, batch)
         assert logs["cpsd_term"].item() == pytest.approx(0, abs=1e-5) and logs["balance_term"].item() == pytest.approx(balance, abs=1e-4)
         if share == 0.5:
@@ -141,13 +141,13 @@ def test_skey_terms_have_their_closed_values(monkeypatch):
 def test_no_gradient_through_the_pseudo_label():
     task, batch = losses.SKey(8), tonal_batch([0, 4])
     token = noise(3, 2, 8).requires_grad_()
-    assert not task.guess(task.profile(token), batch).requires_grad
+    assert not task.pseudo_label(task.profile(token), batch).requires_grad
 
 
-def test_tone_learns_the_label_as_each_view_hears_it(monkeypatch):
+def test_tone_learns_the_label_transposed_with_each_view(monkeypatch):
     task, batch = losses.Tone(8), tonal_batch([0, 1, 4])
     batch["keys"] = torch.tensor([0, -1, 4])                                # C major, unknown, E major
-    monkeypatch.setattr(task, "keys", lambda token: answers([0, 1, 4], (0, 0, -3), 0, 1 - 1e-6))
+    monkeypatch.setattr(task, "log_keys", lambda token: exact_keys([0, 1, 4], (0, 0, -3), 0, 1.0))
     right = task(None, batch)[1]
     assert right["label_term"].item() == pytest.approx(0, abs=1e-4) and right["labelled_share"].item() == pytest.approx(2 / 3)
     batch["keys"] = torch.tensor([9 + 12, -1, 1 + 12])                      # the relative minors: same profile, other half
@@ -156,6 +156,37 @@ def test_tone_learns_the_label_as_each_view_hears_it(monkeypatch):
     assert task(None, batch)[1]["label_term"].item() > 5
     batch["keys"] = torch.full((3,), -1)
     assert task(None, batch)[1]["label_term"].item() == 0
+
+
+def outputs_of(task, key, logit=20.0):
+    """Make the head put this logit on `key` for every token, through its bias alone."""
+    torch.nn.init.zeros_(task.head.weight)
+    task.head.bias = nn.Parameter(logit * losses.PROFILE_TEMPERATURE * F.one_hot(torch.tensor(key), 24).float())
+
+
+def test_tone_has_a_gradient_from_labels_on_confidently_wrong_outputs():
+    """With the softmax saturated at a wrong key, the cross entropy pulls the labelled logit up by its weight."""
+    task, batch = losses.Tone(8), tonal_batch([0, 1, 4], shifts=(0, 0, 0))
+    batch["keys"] = torch.tensor([7, 7, 7])                                 # G major, every view
+    outputs_of(task, 0)
+    loss, logs = task(noise(3, 3, 8), batch)
+    loss.backward()
+    assert logs["label_term"].item() == pytest.approx(20, abs=1e-3)
+    assert task.head.bias.grad[7].item() == pytest.approx(-1 / losses.PROFILE_TEMPERATURE, rel=1e-3)
+
+
+def test_mode_terms_have_a_gradient_on_confidently_wrong_outputs():
+    """Views that are minor with certainty are pulled back by a pseudo-label for major, or by a view that is major."""
+    for name, first_view in (("skey", 0.0), ("tone", 120.0)):
+        task, batch = losses.PRETEXT[name](8), tonal_batch([0, 0], shifts=(0, 0, 0))
+        outputs_of(task, 12, 60.0)                                          # A minor, the relative of C major
+        token = torch.zeros(3, 2, 8)
+        token[0, :, 0] = first_view * losses.PROFILE_TEMPERATURE            # its logit of C major
+        token.requires_grad_()
+        with torch.no_grad():
+            task.head.weight[0, 0] = 1.0
+        task(token, batch)[0].backward()
+        assert token.grad[2, :, 0].max() < -0.01, name
 
 
 # ---------------------------------------------------------------- training with any of them
@@ -181,14 +212,14 @@ def test_every_token_alone_and_beside_cpsd_resumes_bit_for_bit(tokens, store, tm
     assert model.load_checkpoint(tmp_path / "a" / "checkpoint.pt").tokens == tuple(tokens.split(","))
 
 
-def test_teacher_follows_slowly_and_stops_at_the_end():
+def test_teacher_is_a_moving_average_and_stops_at_the_end():
     student = model.MT2(("byol",), dim=24, depth=1, heads=2)
     teacher = model.MT2(("byol",), dim=24, depth=1, heads=2)
     before, goal = teacher.positions.detach().clone(), student.positions.detach()
-    train.follow(teacher, student, 0.0)
+    train.update_teacher(teacher, student, 0.0)
     torch.testing.assert_close(teacher.positions.detach(), before + 0.004 * (goal - before))
     now = teacher.positions.detach().clone()
-    train.follow(teacher, student, 1.0)
+    train.update_teacher(teacher, student, 1.0)
     assert torch.equal(now, teacher.positions)
 
 
@@ -205,27 +236,28 @@ def test_labels_from_a_csv(store, tmp_path, tiny, monkeypatch, capsys):  # noqa:
     with pytest.raises(data.InputError, match="only the token tone"):
         run(monkeypatch, "--tokens", "cpsd", "--labels-csv", tmp_path / "keys.csv", "--data", store, "--out", tmp_path / "c")
     (tmp_path / "keys.csv").write_text("file,key\nelsewhere.wav,C major\n")
-    with pytest.raises(data.InputError, match="none of its files"):
+    with pytest.raises(data.InputError, match="keys.csv"):
         run(monkeypatch, "--tokens", "tone", "--labels-csv", tmp_path / "keys.csv", "--data", store, "--batch-size", 4, "--out", tmp_path / "d")
 
 
 def test_a_collapse_is_flagged(store, tmp_path, tiny, monkeypatch, capsys):  # noqa: F811
-    """Without positions, blocks or input a token says the same of everything: the log shows it, and a line warns once."""
+    """A token that is equal for all tracks: the log shows it, and a line warns once."""
     healthy = dict(a=noise(16, 24), b=noise(16, 24, seed=1))
     report, collapsed = train.collapse_report(healthy | dict(flat=torch.ones(16, 24), line=noise(16, 1) @ noise(1, 24)))
     assert collapsed == ["flat", "line"] and report["a_rank"] > 10 and report["flat_deviation"] == 0
-    birth = model.MT2.forward
-    monkeypatch.setattr(model.MT2, "forward", lambda self, *a, **k: ({n: t * 0 + 1 for n, t in birth(self, *a, **k)[0].items()}, {}))
+    forward = model.MT2.forward
+    constant = lambda self, *a, **k: ({name: token * 0 + 1 for name, token in forward(self, *a, **k)[0].items()}, {})
+    monkeypatch.setattr(model.MT2, "forward", constant)
     run(monkeypatch, "--tokens", "ntxent", "--data", store, "--batch-size", 4, "--steps", 2, "--log-every", 1, "--out", tmp_path / "run")
-    assert "".join(capsys.readouterr()).count("the ntxent token says the same of every track") == 1
+    assert "".join(capsys.readouterr()).count("the ntxent token has collapsed") == 1
 
 
 def test_a_pretext_task_of_your_own(store, tmp_path, tiny, monkeypatch):  # noqa: F811
-    """The exercise of README: one class and one line, and --tokens knows it."""
+    """The exercise of README: one class and one line register a task."""
 
     class Loudness(losses.Pretext):
         """Tell which of the two excerpts is louder."""
-        hears = True
+        needs_spectrogram = True
 
         def __init__(self, dim):
             super().__init__()
@@ -238,8 +270,9 @@ def test_a_pretext_task_of_your_own(store, tmp_path, tiny, monkeypatch):  # noqa
 
     monkeypatch.setitem(losses.PRETEXT, "loudness", Loudness)
 
-    run(monkeypatch, "--tokens", "cpsd,loudness", "--data", store, "--batch-size", 4, "--steps", 2, "--log-every", 1, "--out", tmp_path / "run")
-    assert 0.1 < json.loads(open(tmp_path / "run" / "log.jsonl").readline())["loudness"] < 5
+    for name, flags in (("frames", ["--tokens", "cpsd,loudness"]), ("patches", ["--tokens", "loudness", "--patch", "16x16"])):
+        run(monkeypatch, *flags, "--data", store, "--batch-size", 4, "--steps", 2, "--log-every", 1, "--out", tmp_path / name)
+        assert 0.1 < json.loads(open(tmp_path / name / "log.jsonl").readline())["loudness"] < 5
 
 
 # ---------------------------------------------------------------- patches, pooling, presets
@@ -248,8 +281,8 @@ def test_a_pretext_task_of_your_own(store, tmp_path, tiny, monkeypatch):  # noqa
 @pytest.mark.parametrize("patch, tokens", [("16x16", [56]), ("128x2", [63]), ("16x16,128x2", [56, 63])])
 def test_patches_train_masked_and_pooled(patch, tokens, store, tmp_path, tiny, monkeypatch):  # noqa: F811
     seen = []
-    birth = model.Block.forward
-    monkeypatch.setattr(model.Block, "forward", lambda self, x: seen.append(x.shape[1]) or birth(self, x))
+    forward = model.Block.forward
+    monkeypatch.setattr(model.Block, "forward", lambda self, x: seen.append(x.shape[1]) or forward(self, x))
     run(monkeypatch, "--tokens", "ntxent", "--patch", patch, "--pool", "mean", "--mask", 0.9, "--data", store, "--batch-size", 4, "--steps", 1,
         "--out", tmp_path / "run")
     assert seen == [round(0.1 * n) for n in tokens]
@@ -257,13 +290,15 @@ def test_patches_train_masked_and_pooled(patch, tokens, store, tmp_path, tiny, m
     assert [network.patch_count(data.SEGMENT, i) for i in range(len(tokens))] == tokens and network.class_token_count == 0
 
 
-def test_a_patch_is_where_its_position_says():
-    """Kept patches give what the whole picture gives there: the layout, the gather and the places agree."""
+def test_kept_patches_equal_those_of_the_whole_segment():
+    """Cut, kept and embedded at their positions, patches give the tokens that the whole segment has there."""
     network = model.MT2(("ntxent",), dim=24, depth=0, heads=2, patch="16x16", pool="mean").eval()
     cqt, mel = torch.zeros(2, 126, data.CROP_BINS), noise(2, 126, data.N_MELS).sigmoid()
     every = network(cqt, mel, layers=(0,))[1][0]                            # (2, 56, dim) after the norm of depth 0
     kept = torch.tensor([[3, 20, 55], [0, 9, 41]])
-    some = network(cqt, mel, kept, layers=(0,))[1][0]
+    patches = model.cut_patches(mel, (16, 16))                              # (2, 56, 256)
+    patches = patches.gather(1, kept[..., None].expand(-1, -1, 256))
+    some = network(None, patches, kept, layers=(0,))[1][0]
     torch.testing.assert_close(some, every.gather(1, kept[..., None].expand(-1, -1, 24)))
     changed = mel.clone()
     changed[:, 16:32, 32:48] = 0                                            # second column, third row of patches
@@ -271,7 +306,26 @@ def test_a_patch_is_where_its_position_says():
     assert different.nonzero().flatten().tolist() == [1 * 8 + 2]
 
 
-def test_mean_pooling_is_the_mean_and_short_input_is_filled():
+@pytest.mark.parametrize("size", [(16, 16), (128, 2), (8, 100)])
+def test_patches_of_bytes_equal_patches_of_floats(size):
+    mel = torch.randint(256, (2, 3, 126, data.N_MELS), dtype=torch.uint8)
+    torch.testing.assert_close(model.cut_patches(mel, size).float() / 255, model.cut_patches(mel.float() / 255, size))
+
+
+def test_only_kept_patches_of_the_mel_travel_to_the_device(store):  # noqa: F811
+    """The input of the trunk has no CQT, and of the mel a tenth of the patches, in the order of their positions."""
+    network = model.MT2(("ntxent",), dim=24, depth=1, heads=2, patch="16x16,128x2", pool="mean")
+    segments = data.Segments(data.open_data([store]), 4)
+    batch = train.make_batch(segments, network, 0, 3, 0.9, 10, "cpu")
+    assert "cqt" not in batch and "mel" not in batch
+    frames = segments.batch(0, 3, 2)["frames"]
+    for (cqt, mel, kept), size in zip(batch["inputs"], network.patches):
+        whole = model.cut_patches(frames[..., data.N_BINS:].float() / 255, size)
+        assert cqt is None and mel.shape[:3] == (2, 4, round(0.1 * whole.shape[2]))
+        torch.testing.assert_close(mel, whole.gather(2, kept[..., None].expand(-1, -1, -1, whole.shape[3])))
+
+
+def test_mean_pooling_is_the_mean_and_short_input_is_zero_padded():
     network = model.MT2(("ntxent",), dim=24, depth=2, heads=2, patch="128x2", pool="mean").eval()
     cqt, mel = torch.zeros(3, 9, data.CROP_BINS), noise(3, 9, data.N_MELS).sigmoid()
     tokens, layers = network(cqt, mel, layers=(2,))
@@ -281,14 +335,15 @@ def test_mean_pooling_is_the_mean_and_short_input_is_filled():
 
 
 def test_what_does_not_fit_is_refused():
-    for options, word in ((dict(patch="7x2"), "patch"), (dict(patch="16x16,16x16"), "patch"), (dict(patch="x"), "patch"), (dict(pool="max"), "pool"),
+    for options, word in ((dict(patch="7x2"), "patch"), (dict(patch="16x16,16x16"), "patch"), (dict(patch="x"), "patch"),
+                          (dict(patch="1x" + "9" * 5000), "patch"), (dict(pool="max"), "pool"),
                           (dict(tokens=("cpsd",), patch="16x16"), "CQT"), (dict(tokens=("chroma",)), "chroma")):
         with pytest.raises(ValueError, match=word):
             model.MT2(**({"tokens": ("ntxent",), "dim": 24, "depth": 1, "heads": 2} | options))
 
 
-@pytest.mark.parametrize("preset, millions", [("mt2", 5.4), ("vit1d", 5.4), ("stone", 5.4), ("skey", 5.4), ("myna-base", 21.5), ("myna-vertical", 21.5),
-                                              ("myna-hybrid", 21.6), ("small", 0.85)])
+@pytest.mark.parametrize("preset, millions", [("mt2", 5.4), ("demo", 5.4), ("vit1d", 5.4), ("stone", 5.4), ("skey", 5.4),
+                                              ("myna-base", 21.5), ("myna-vertical", 21.5), ("myna-hybrid", 21.6), ("small", 0.85)])
 def test_presets_have_the_size_of_their_papers(preset, millions):
     """Without the projector, which only training needs: 5.4 M (MT2), 22 M (Myna)."""
     p = train.PRESETS[preset]

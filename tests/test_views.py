@@ -37,6 +37,12 @@ def segments(tmp_path_factory):
     return Segments([make_store(tmp_path_factory.mktemp("views") / "store", lengths)], batch_size=32), np.array(lengths)
 
 
+def batch_of(segments, *args, **options):
+    """frames, crops, positions and keys of a batch."""
+    batch = segments.batch(*args, **options)
+    return batch["frames"], batch["crops"], batch["positions"], batch["keys"]
+
+
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -77,25 +83,25 @@ def test_each_view_and_item_has_its_own_crop():
 
 def test_a_batch_is_a_pure_function_of_seed_and_step(segments):
     segments, _ = segments
-    first = segments.batch(1, 5, mask=0.5)
-    segments.batch(1, 6, mask=0.5)
+    first = batch_of(segments, 1, 5, mask=0.5)
+    batch_of(segments, 1, 6, mask=0.5)
     np.random.seed(0)
-    assert same(segments.batch(1, 5, mask=0.5), first)
-    assert not same(segments.batch(1, 6, mask=0.5), first) and not same(segments.batch(2, 5, mask=0.5), first)
+    assert same(batch_of(segments, 1, 5, mask=0.5), first)
+    assert not same(batch_of(segments, 1, 6, mask=0.5), first) and not same(batch_of(segments, 2, 5, mask=0.5), first)
 
 
 def test_shapes_and_types(segments):
-    frames, crops, positions, _ = segments[0].batch(0, 0, mask=0.75)
+    frames, crops, positions, _ = batch_of(segments[0], 0, 0, mask=0.75)
     kept = round(SEGMENT * 0.25)
     assert frames.shape == (3, 32, kept, 224) and frames.dtype == torch.uint8
     assert crops.shape == (3, 32) and positions.shape == (3, 32, kept)
     assert crops.dtype == positions.dtype == torch.int64
-    frames, crops, positions, _ = segments[0].batch(0, 0, views=2)
+    frames, crops, positions, _ = batch_of(segments[0], 0, 0, views=2)
     assert frames.shape == (2, 32, SEGMENT, 224) and crops.shape == (2, 32) and positions.shape == (2, 32, SEGMENT)
 
 
 def test_views_0_and_1_share_their_crop_and_view_2_never_does(segments):
-    crops = torch.cat([segments[0].batch(0, step)[1] for step in range(150)], dim=1)           # (3, 4800)
+    crops = torch.cat([batch_of(segments[0], 0, step)[1] for step in range(150)], dim=1)           # (3, 4800)
     assert torch.equal(crops[0], crops[1]) and (crops[0] != crops[2]).all()
     for view in (0, 2):
         share = torch.bincount(crops[view], minlength=13) / crops.shape[1]
@@ -106,7 +112,7 @@ def test_views_0_and_1_share_their_crop_and_view_2_never_does(segments):
 
 @pytest.mark.parametrize("mask, kept", [(0.0, 126), (0.5, 63), (0.75, 32), (0.999, 1), (1.0, 1)])
 def test_a_mask_keeps_the_right_number_of_frames(segments, mask, kept):
-    positions = torch.cat([segments[0].batch(0, step, mask=mask)[2] for step in range(20)], dim=1)
+    positions = torch.cat([batch_of(segments[0], 0, step, mask=mask)[2] for step in range(20)], dim=1)
     assert positions.shape == (3, 640, kept)
     assert positions.min() >= 0 and positions.max() <= SEGMENT - 1
     assert (positions.diff(dim=-1) > 0).all()                  # sorted, none twice
@@ -118,7 +124,7 @@ def located(segments, steps, mask=0.5):
     """Track and first frame of every segment, both (3, items), after checking that all frames of one belong together."""
     tracks, starts = [], []
     for step in range(steps):
-        frames, _, positions, _ = segments.batch(3, step, mask=mask)
+        frames, _, positions, _ = batch_of(segments, 3, step, mask=mask)
         _, track, frame = decode(frames)
         start = frame - positions
         assert (track == track[..., :1]).all() and (start == start[..., :1]).all()
@@ -155,7 +161,7 @@ def test_the_two_segments_do_not_overlap_where_there_is_room(segments):
 def test_no_piece_is_twice_in_a_batch_and_all_are_drawn(tmp_path):
     segments = Segments([make_store(tmp_path / "store", [300] * 12)], batch_size=12)
     for step in range(5):
-        _, track, _ = decode(segments.batch(0, step)[0])
+        _, track, _ = decode(batch_of(segments, 0, step)[0])
         assert sorted(track[0, :, 0].tolist()) == list(range(12))
 
 
@@ -164,7 +170,7 @@ def test_several_stores_are_not_mixed_up(tmp_path):
     stores = [make_store(tmp_path / str(n), sizes, n) for n, sizes in enumerate(lengths)]
     segments, seen = Segments(stores, batch_size=5), set()
     for step in range(60):
-        frames, _, positions, _ = segments.batch(0, step, mask=0.9)
+        frames, _, positions, _ = batch_of(segments, 0, step, mask=0.9)
         store, track, frame = decode(frames)
         start = frame - positions
         for x in (store, track):
@@ -178,7 +184,7 @@ def test_several_stores_are_not_mixed_up(tmp_path):
 
 def test_mix_says_how_often_each_store_is_drawn_from(tmp_path):
     stores = [make_store(tmp_path / "a", [400] * 90, 0), make_store(tmp_path / "b", [400] * 30, 1)]
-    share = lambda mix: np.mean([decode(Segments(stores, 4, mix=mix).batch(0, step, 2)[0])[0].float().mean() for step in range(100)])
+    share = lambda mix: np.mean([decode(batch_of(Segments(stores, 4, mix=mix), 0, step, 2)[0])[0].float().mean() for step in range(100)])
     assert share(None) == pytest.approx(0.25, abs=0.06) and share([1, 3]) == pytest.approx(0.75, abs=0.06)
     for mix in ([1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")]):
         with pytest.raises(InputError, match="--mix"):
