@@ -3,30 +3,29 @@
     python data.py FOLDER... --out data/NAME      prepare a frame store from folders of music
     python data.py synth                          prepare the embedded synthetic songs (data/synth)
 
-A ViT-1D reads music as a sentence whose words are spectrogram frames. This file makes the words.
+A ViT-1D takes one spectrogram frame as one token. This file makes the frames, and the views that training compares.
 
-The little music that it takes: a note an octave higher has twice the frequency and goes by the same name, its pitch class.
-An octave is divided into 12 equal steps, semitones, each a factor of 2^(1/12) in frequency. To transpose music is to move
-all its notes by so many semitones; it is then in another key, but its timbre, the sound that tells a flute from a violin
-on the same note, stays. So there are two spectrograms. The CQT (constant-Q transform) has one bin a semitone: transposed
-music is the same picture some rows higher. The mel spectrogram has bands as wide as the ear's, and shows timbre.
+The little music theory it takes: a note an octave higher has twice the frequency and the same name, its pitch class.
+An octave is divided into 12 equal steps, semitones, each a factor of 2^(1/12) in frequency. To transpose music is to
+move all its notes by the same number of semitones; its key changes, its timbre (what distinguishes a flute from a
+violin on the same note) does not. Hence two spectrograms. The CQT (constant-Q transform) has one bin a semitone, so
+transposed music is the same image some rows higher. The mel spectrogram has the ear's frequency scale and shows timbre.
 
-Every recording is decoded once, turned into both on one time grid (31.25 frames a second), and kept in a memory map:
+Every recording is decoded once, transformed into both on one time grid (31.25 frames a second), and kept in a memory
+map, the frame store:
 
     data/NAME/frames.bin    uint8 (frames, 224): columns 0..95 the CQT (one a semitone), 96..223 the mel bands
     data/NAME/index.jsonl   one line a track, in sorted order: path and number of frames, or why it was skipped
-    data/NAME/store.json    settings, their checksum and totals; written last, so its presence means "complete"
+    data/NAME/store.json    settings and their checksum; the totals are added last and mean "complete"
 
 That is 224 x 31.25 bytes a second, 25.2 MB an hour. Training cuts 4 s segments out of the map and transposes them by
-choosing where an 84-bin crop of the 96 CQT bins starts. Read top to bottom: audio, front ends, store, songs, views.
+choosing where an 84-bin crop of the 96 CQT bins starts. In this order: audio, front ends, store, labels, views, songs.
 """
 import argparse
 import csv
 import hashlib
-import inspect
 import json
 import math
-import mmap
 import os
 import re
 import sys
@@ -46,10 +45,10 @@ from tqdm import tqdm
 
 try:
     import fcntl
-except ImportError:  # Windows: two preparations of one folder are not kept apart
+except ImportError:  # Windows has no such locks
     fcntl = None
 
-SAMPLE_RATE = 16000        # Hz. MT2, CoJEPA, Myna (paper). It holds frequencies up to its half, the Nyquist frequency
+SAMPLE_RATE = 16000        # Hz (MT2, CoJEPA, Myna): holds frequencies up to its half, the Nyquist frequency
 HOP = 512                  # samples between frames: 32 ms (MT2: deduced from 126 frames per 4 s)
 FMIN = 27.5                # Hz, the piano's lowest A (STONE)
 BINS_PER_OCTAVE = 12       # one bin a semitone, so moving by one bin is transposing by one semitone (STONE)
@@ -59,14 +58,14 @@ MAX_CROP = N_BINS - CROP_BINS
 N_MELS, N_FFT = 128, 1024  # mel branch (multi-view comparison, CoJEPA)
 COLUMNS = N_BINS + N_MELS
 SEGMENT = 126              # frames in a 4 s segment: 1 + 64000 // 512 (MT2, CoJEPA)
-PIECE = 938                # frames in 30 s: both segments of a pair come from one piece of a track (our choice, see Segments)
+PIECE = 938                # frames in 30 s: both segments of a pair come from one piece of a track (our choice)
 FRAME_SECONDS = HOP / SAMPLE_RATE
 DYNAMIC_RANGE = 80.0       # dB (STONE)
-MEL_REFERENCE = 2000.0     # mel power counted as 0 dB: about what a full-scale sine reaches in the low bands (our choice)
+MEL_REFERENCE = 2000.0     # mel power counted as 0 dB: about a full-scale sine in the low bands (our choice)
 
 
 class InputError(Exception):
-    """What the user gave cannot be used. The message is one line: what is wrong, and what to do."""
+    """The user's input cannot be used. The message is one line: what is wrong, and what to do."""
 
 
 def run_cli(main):
@@ -108,15 +107,23 @@ def write_atomic(path, data):
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".au", ".aif", ".aiff"}
 
 
+def change_rate(spectrum, n_in, n_out):
+    """Low-pass filter and change the sample rate: rfft (..., n_in/2 + 1) of n_in samples -> (..., n_out) samples.
+
+    The inverse FFT of the lower part of a spectrum, with fewer points, is the same signal at a lower rate. The gain is
+    1 up to 92 % of the lower Nyquist frequency and falls to 0 there, so nothing aliases.
+    """
+    lower = min(n_in, n_out) // 2                               # FFT bin of the lower Nyquist frequency
+    fade = ((torch.arange(lower + 1, device=spectrum.device) / lower - 0.92) / 0.08).clamp(0, 1)
+    gain = torch.cos(fade * math.pi / 2) ** 2 * (n_out / n_in)  # (lower + 1,)
+    return torch.fft.irfft(spectrum[..., :lower + 1] * gain, n=n_out)
+
+
 def resample_blocks(blocks, rate_in, rate_out):
     """Band-limited resampling of a stream: 1-D float32 tensors at `rate_in` Hz in, at `rate_out` Hz out.
 
-    A resampler is a low-pass filter at the lower Nyquist frequency, then a change of grid. Both are easiest in the
-    frequency domain: take the FFT of a block, fade the spectrum to zero below that frequency, and let the inverse FFT
-    use the new number of points. `down` samples in last exactly as long as `up` samples out, so any whole number of
-    such units can be a block. An FFT believes that its block repeats for ever; its edges are therefore wrong, and each
-    block overlaps its neighbours by a margin that is thrown away ("overlap-save").
-    The gain is 1 up to 92 % of Nyquist and exactly 0 from Nyquist on: what could alias is not there.
+    `down` samples in last as long as `up` samples out; blocks are whole numbers of such units. The FFT is circular, so
+    blocks overlap and their edges are discarded (overlap-save).
     """
     if rate_in == rate_out:
         yield from blocks
@@ -124,30 +131,25 @@ def resample_blocks(blocks, rate_in, rate_out):
     units_per_second = math.gcd(rate_in, rate_out)
     up, down = rate_out // units_per_second, rate_in // units_per_second
     margin, core = math.ceil(0.1 * units_per_second), math.ceil(1.5 * units_per_second)        # in units
-    n_in, n_out = (core + 2 * margin) * down, (core + 2 * margin) * up
-    lower = min(n_in, n_out) // 2                               # FFT bin of the lower Nyquist frequency
-    fade = ((torch.arange(lower + 1) / lower - 0.92) / 0.08).clamp(0, 1)
-    gain = torch.cos(fade * math.pi / 2) ** 2 * (up / down)     # (lower + 1,)
+    size = core + 2 * margin
     buffer, received, sent = torch.zeros(margin * down), 0, 0
     for block in chain(blocks, [None]):
-        if block is None:                                       # the end: let the last samples through
+        if block is None:                                       # the end: zeros push the last samples out
             block = torch.zeros((core + margin) * down)
         else:
             received += len(block)
         buffer = torch.cat([buffer, block])                     # (samples,) at rate_in
-        if len(buffer) < n_in:
+        if len(buffer) < size * down:
             continue
-        framed = buffer.unfold(0, n_in, core * down)            # (n, n_in), overlapping
-        spectrum = torch.fft.rfft(framed)[:, :lower + 1] * gain  # (n, lower + 1)
-        output = torch.fft.irfft(spectrum, n=n_out)[:, margin * up:-margin * up].flatten()     # (samples,) at rate_out
-        buffer = buffer[len(framed) * core * down:]
-        output = output[:math.ceil(received * up / down) - sent]
-        sent += len(output)
+        framed = buffer.unfold(0, size * down, core * down)     # (n, size * down), overlapping
+        output = change_rate(torch.fft.rfft(framed), size * down, size * up)                   # (n, size * up)
+        output = output[:, margin * up:-margin * up].flatten()[:math.ceil(received * up / down) - sent]
+        buffer, sent = buffer[len(framed) * core * down:], sent + len(output)
         yield output
 
 
 def resample(wave, rate_in, rate_out):
-    """(samples,) float32 at `rate_in` Hz -> (ceil(samples * rate_out / rate_in),) at `rate_out`. See resample_blocks."""
+    """(samples,) float32 at `rate_in` Hz -> (ceil(samples * rate_out / rate_in),) at `rate_out`: resample_blocks."""
     return torch.cat(list(resample_blocks([wave], rate_in, rate_out)))
 
 
@@ -174,7 +176,7 @@ def read_audio(path, sample_rate=SAMPLE_RATE):
                 yield wave
     except (sf.SoundFileError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).rpartition(": ")[2].rstrip(".")
-        raise InputError(f"{path}: cannot be decoded ({reason}); check that it is a complete, readable audio file") from None
+        raise InputError(f"{path}: cannot be decoded ({reason}); check that it is a complete audio file") from None
     if peak < 1e-4:  # -80 dBFS; also a stereo file whose channels cancel each other
         raise InputError(f"{path}: is empty, or silent when mixed to mono; remove it or check its channels")
 
@@ -188,8 +190,7 @@ def load_audio(path, sample_rate=SAMPLE_RATE):
 
 
 def cqt_kernel(frequency, bins_per_octave, sample_rate):
-    """Constant-Q filters at `frequency` (bins,) Hz: (bins, n_fft/2 + 1) complex64. A frame of n_fft samples, centred, Fourier
-    transformed and summed with these as weights, gives what the filters say.
+    """Constant-Q filters at `frequency` (bins,) Hz, in the frequency domain: (bins, n_fft/2 + 1) complex64.
 
     The filter at f is a Hann window of Q * sample_rate / f samples times a complex exponential, normalised to sum 1 and
     doubled: a full-scale sine at f gives 1.0. So every filter lasts the same number of periods: Q is constant. As in
@@ -207,22 +208,19 @@ def cqt_kernel(frequency, bins_per_octave, sample_rate):
     window = window * (t.abs() < length[:, None] / 2)
     window = 2 * window / window.sum(dim=1, keepdim=True)
     kernel = window * torch.exp(2j * math.pi * frequency[:, None] / sample_rate * t)           # (bins, n_fft)
-    spectrum = torch.fft.fft(kernel)[:, :n_fft // 2 + 1].conj() / n_fft    # Parseval: a product in time is one in frequency
+    spectrum = torch.fft.fft(kernel)[:, :n_fft // 2 + 1].conj() / n_fft    # Parseval: inner products need no inverse
     return spectrum.to(torch.complex64)
 
 
 class CQT(nn.Module):
     """Constant-Q transform: (batch, samples) -> (batch, n_bins, frames) magnitudes, frames = 1 + samples // hop.
 
-    Bin k is tuned to f_k = fmin * 2^(k / bins_per_octave) by a filter as in cqt_kernel. Frames are centred at multiples of
-    hop; the signal is padded with zeros.
+    Bin k is tuned to f_k = fmin * 2^(k / bins_per_octave) by a filter as in cqt_kernel. Frames are centred at multiples
+    of hop; the signal is zero-padded.
 
-    Why it is fast: the lowest filter lasts 0.6 s, and a kernel that long at every frame is the slow way. But an octave
-    lower is the same filter at half the speed. So: filter the top octave with one short kernel (12 x 128 taps), halve
-    the sample rate, use *the same kernel* for the next octave, and so on. Each halving costs half of the one before, all
-    seven twice the first. The kernel is applied in the frequency domain, to a torch.stft without a window. In all 8 million
-    operations a second of audio, where one dense kernel takes 214 million; on one core 87 microseconds, of which the
-    halvings take half, the FFTs and the kernels a quarter each.
+    The lowest filter lasts 0.6 s, and a kernel that long at every frame is slow. But the filter an octave lower is the
+    same at half the sample rate. So: one FFT of the whole wave, and for every octave the wave at half the rate of the
+    octave above, filtered by the same short kernel (12 x 128 taps) at half the hop (Schoerkhuber and Klapuri 2010).
 
     Raises ValueError if n_bins is not whole octaves, hop cannot be halved that often, or the top filter crosses Nyquist.
     """
@@ -237,57 +235,29 @@ class CQT(nn.Module):
         top = torch.arange(n_bins - bins_per_octave, n_bins, dtype=torch.float64)
         kernel = cqt_kernel(fmin * 2 ** (top / bins_per_octave), bins_per_octave, sample_rate)
         self.n_fft = 2 * (kernel.shape[1] - 1)
-        # Not in the state dict: they follow from the arguments and would only bloat checkpoints.
+        # Not in the state dict: they follow from the arguments.
         self.register_buffer("kernel", kernel, persistent=False)           # (bins_per_octave, n_fft/2 + 1)
-        self.register_buffer("halver", half_band_matrix(), persistent=False)
         self.register_buffer("ones", torch.ones(self.n_fft), persistent=False)
 
     def forward(self, wave):
-        frames = 1 + wave.shape[-1] // self.hop
-        hop, octaves = self.hop, []
+        samples, octaves = wave.shape[-1], []
+        size = (samples // 8192 + 2) * 8192                                # half a second of zeros against wrap-around
+        whole = torch.fft.rfft(wave, size)                                 # (batch, size/2 + 1)
         for octave in range(self.octaves):
             if octave:
-                wave, hop = halve_rate(wave, self.halver), hop // 2
-            spectrum = torch.stft(wave, self.n_fft, hop, window=self.ones, center=True, pad_mode="constant",
-                                  return_complex=True)[..., :frames]       # (batch, n_fft/2 + 1, frames)
+                wave = change_rate(whole, size, size >> octave)            # (batch, size / 2^octave)
+            spectrum = torch.stft(wave, self.n_fft, self.hop >> octave, window=self.ones, center=True,
+                                  pad_mode="constant", return_complex=True)
+            spectrum = spectrum[..., :1 + samples // self.hop]             # (batch, n_fft/2 + 1, frames)
             octaves.append((self.kernel @ spectrum).abs())                 # (batch, bins_per_octave, frames)
         return torch.cat(octaves[::-1], dim=1)                             # (batch, n_bins, frames), low to high
-
-
-HALF_BAND = 63   # taps on either side of the centre
-HALF_BLOCK = 32  # output samples computed by one row of the matrix product
-
-
-def half_band_matrix():
-    """Kaiser-windowed half-band low-pass, one shifted copy per output of a block: (HALF_BLOCK, 1, inputs).
-
-    Flat to 1e-3 up to 23 % of the sample rate, where the next octave's highest filter ends, and 70 dB down where that
-    octave would alias. One convolution with a stride of 64 and 32 output channels is a matrix product; the same filter
-    as a convolution with one channel and stride 2 takes tens of times as long.
-    """
-    t = torch.arange(-HALF_BAND, HALF_BAND + 1, dtype=torch.float64)
-    taps = torch.sinc(t / 2) / 2 * torch.kaiser_window(len(t), periodic=False, beta=6.5, dtype=torch.float64)
-    taps = taps / taps.sum()
-    matrix = torch.zeros(HALF_BLOCK, 1, 2 * (HALF_BLOCK - 1) + len(taps))
-    for row in range(HALF_BLOCK):
-        matrix[row, 0, 2 * row:2 * row + len(taps)] = taps
-    return matrix
-
-
-def halve_rate(wave, matrix):
-    """(batch, samples) -> (batch, ceil(samples / 2)): low-pass and keep every other sample; sample n stays at time 2n."""
-    length = (wave.shape[-1] + 1) // 2
-    blocks = math.ceil(length / HALF_BLOCK)
-    padded = F.pad(wave, (HALF_BAND, 2 * HALF_BLOCK * blocks - wave.shape[-1] + HALF_BAND))    # (batch, samples + ...)
-    out = F.conv1d(padded[:, None], matrix, stride=2 * HALF_BLOCK)         # (batch, HALF_BLOCK, blocks)
-    return out.transpose(1, 2).flatten(1)[:, :length]
 
 
 class Mel(nn.Module):
     """Mel spectrogram: (batch, samples) -> (batch, n_mels, frames) power, frames = 1 + samples // hop.
 
-    The mel scale follows the ear: linear below 1 kHz, logarithmic above. Slaney's version of the scale, and Slaney's
-    norm (each triangle has area 1 in Hz). Periodic Hann window, centred, zero padding: the same frame grid as the CQT.
+    Slaney's mel scale, linear below 1 kHz and logarithmic above, and Slaney's norm (each triangle has area 1 in Hz).
+    Periodic Hann window, centred, zero-padded: the same frame grid as the CQT.
     Raises ValueError if f_max exceeds Nyquist or a filter falls between two FFT bins and stays empty.
     """
 
@@ -298,8 +268,8 @@ class Mel(nn.Module):
         self.n_fft, self.hop = n_fft, hop
         step = math.log(6.4) / 27                                          # one mel above 1000 Hz (15 mel)
         to_mel = lambda f: f * 3 / 200 if f < 1000 else 15 + math.log(f / 1000) / step
-        mel = torch.linspace(to_mel(f_min), to_mel(f_max), n_mels + 2, dtype=torch.float64)    # (n_mels + 2,) corners of triangles
-        edge = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * step))  # (n_mels + 2,) Hz
+        mel = torch.linspace(to_mel(f_min), to_mel(f_max), n_mels + 2, dtype=torch.float64)    # corners of triangles
+        edge = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * step))       # (n_mels + 2,) Hz
         bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)         # (n_fft/2 + 1,) Hz
         rising = (bins - edge[:-2, None]) / (edge[1:-1] - edge[:-2])[:, None]                  # (n_mels, n_fft/2 + 1)
         falling = (edge[2:, None] - bins) / (edge[2:] - edge[1:-1])[:, None]
@@ -316,11 +286,11 @@ class Mel(nn.Module):
 
 
 def log_compress(x, reference=1.0, power=False):
-    """Decibels below `reference`, an 80 dB range mapped to [0, 1]: the ear hears ratios, and so should the network.
+    """Decibels below `reference`, a range of 80 dB mapped to [0, 1].
 
     `power=False` takes a magnitude (20 log10: a factor of 10 in amplitude is 20 dB = 0.25), `power=True` a power
-    (10 log10). The reference is a constant. A maximum over the clip would make a frame depend on where the clip was
-    cut; one over the batch, on its neighbours. Zeros give 0, with gradient 0.
+    (10 log10). The reference is a constant: a maximum over the clip would make a frame depend on where the clip was
+    cut, one over the batch on its neighbours. Zeros give 0, with gradient 0.
     """
     factor = 10 if power else 20
     decibels = factor * torch.log10((x / reference).clamp(min=10 ** (-DYNAMIC_RANGE / factor)))
@@ -340,15 +310,14 @@ class FrontEnd(nn.Module):
 
 
 CHUNK = 60 * SAMPLE_RATE // HOP * HOP  # samples transformed at once
-HALO = 32 * HOP                        # context on either side: the longest filter and the seven halvings reach 0.8 s
+HALO = 32 * HOP                        # context on either side: the longest filter and low-pass reach 0.8 s
 
 
 @torch.inference_mode()
 def audio_to_frames(blocks, front_end):
-    """A stream of mono blocks at 16 kHz -> (frames, 224) uint8, frames = 1 + samples // hop. Memory: 25 MB an hour, twice at the end.
+    """A stream of mono blocks at 16 kHz -> (frames, 224) uint8, frames = 1 + samples // hop.
 
-    Chunks of 60 s are transformed with a halo of context, so that cutting leaves no trace. 255 steps for 80 dB are
-    0.3 dB each, less than anyone hears.
+    Chunks of 60 s are transformed with a halo of context, so that no seam remains. 255 steps for 80 dB are 0.3 dB each.
     """
     output, buffer, start = [], torch.zeros(0), 0               # buffer[:start] is context, already transformed
     for block in chain(blocks, [None]):
@@ -370,65 +339,56 @@ def audio_to_frames(blocks, front_end):
 class FrameStore:
     """A prepared folder: `frames` (total, 224) uint8 memory map, `paths` and, per track, `starts` and `lengths`.
 
-    One open file and one map however many tracks, and only the index is read at the start (a million tracks: see
-    tests/bench.py). Whoever cuts frames.bin while it is mapped ends the process with SIGBUS, without a message: Python
-    has no say in it. `prepare` never does: it removes an old frames.bin, which stays whole for those who have it open.
+    Raises InputError when the folder is not a complete store of these settings. `prepare` never cuts a frames.bin that
+    may be mapped elsewhere; it makes a new one, and the old one stays readable for those who have it open.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        try:
-            self.info = json.loads((self.folder / "store.json").read_text())
-            entries = read_index(self.folder)
-        except (OSError, ValueError):
-            raise InputError(f"{folder}: is not a frame store; make one with: python data.py FOLDER --out {folder}") from None
-        other = [f"{name} {self.info.get(name)}" for name, value in front_end_settings().items() if self.info.get(name) != value]
+        self.info = read_json(self.folder / "store.json")
+        if "tracks" not in self.info:
+            raise InputError(f"{folder}: is not a complete frame store; make one with: "
+                             f"python data.py FOLDER --out {folder}")
+        other = [name for name, value in front_end_settings().items() if self.info.get(name) != value]
         if other:
-            raise InputError(f"{folder}: was prepared with other settings ({', '.join(other)}); remove it and prepare it again")
+            raise InputError(f"{folder}: was prepared with another {', '.join(other)}; remove it and prepare it again")
+        entries, binary = read_index(self.folder), self.folder / "frames.bin"
         self.skipped = [(e["path"], e["error"]) for e in entries if "error" in e]
         tracks = [e for e in entries if "frames" in e]
         self.paths = [e["path"] for e in tracks]
         self.lengths = np.array([e["frames"] for e in tracks], dtype=np.int64)
         self.starts = np.cumsum(self.lengths) - self.lengths
-        total, binary = int(self.lengths.sum()), self.folder / "frames.bin"
-        if not binary.exists() or binary.stat().st_size != total * COLUMNS:
+        total = int(self.lengths.sum())
+        if not total or not binary.exists() or binary.stat().st_size != total * COLUMNS:
             raise InputError(f"{folder}: frames.bin is damaged; remove the folder and prepare it again")
-        with open(binary, "rb") as file:
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        # Segments lie anywhere. A system that reads megabytes ahead at each would read the disk twenty times over.
-        if hasattr(mmap, "MADV_RANDOM"):
-            self.map.madvise(mmap.MADV_RANDOM)
-        self.frames = np.frombuffer(self.map, np.uint8).reshape(total, COLUMNS)
-
-    def will_need(self, start, count):
-        """Tell the system to fetch these frames in one go, in the background."""
-        if hasattr(mmap, "MADV_WILLNEED"):
-            first = start * COLUMNS // mmap.PAGESIZE * mmap.PAGESIZE
-            self.map.madvise(mmap.MADV_WILLNEED, first, (start + count) * COLUMNS - first)
+        self.frames = np.asarray(np.memmap(binary, np.uint8, "r", shape=(total, COLUMNS)))
 
     def track(self, i):
         """(frames, 224) uint8 of track `i`."""
-        self.will_need(int(self.starts[i]), int(self.lengths[i]))
         return self.frames[self.starts[i]:self.starts[i] + self.lengths[i]]
 
 
-def read_index(folder):
-    """Entries of index.jsonl; a last line torn by a kill is dropped. All lines at once: a million of them take a second."""
-    whole, _, _ = (Path(folder) / "index.jsonl").read_text().rpartition("\n")
-    return json.loads("[" + whole.replace("\n", ",") + "]")
-
-
 def read_json(path):
-    """The dictionary in a file; an empty one when the file is missing or torn."""
+    """The dictionary in a file; an empty one when the file is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        return found if isinstance(found, dict) else {}
     except (OSError, ValueError):
         return {}
 
 
+def read_index(folder):
+    """Entries of index.jsonl, without a last line that a kill cut short; none when the file is missing or damaged."""
+    try:
+        whole, _, _ = (folder / "index.jsonl").read_text().rpartition("\n")
+        return json.loads("[" + whole.replace("\n", ",") + "]")  # a million lines at once: one second
+    except (OSError, ValueError):
+        return []
+
+
 def front_end_settings():
     """What the frames of a store depend on beside the music."""
-    return dict(format=1, sample_rate=SAMPLE_RATE, hop=HOP, fmin=FMIN, n_bins=N_BINS, bins_per_octave=BINS_PER_OCTAVE,
+    return dict(format=2, sample_rate=SAMPLE_RATE, hop=HOP, fmin=FMIN, n_bins=N_BINS, bins_per_octave=BINS_PER_OCTAVE,
                 n_fft=N_FFT, n_mels=N_MELS, dynamic_range=DYNAMIC_RANGE, mel_reference=MEL_REFERENCE)
 
 
@@ -454,7 +414,7 @@ def find_audio(folders):
     """Audio files below `folders`, sorted: [(name, path)], name = the folder's own name / the path inside it.
 
     A folder given twice counts once; the second of two folders with one name is called NAME-2.
-    Raises InputError if a folder is missing or nothing in it looks like audio.
+    Raises InputError if a folder is missing or no file in it has an audio suffix.
     """
     found, names = {}, set()
     for folder in dict.fromkeys(Path(f).resolve() for f in folders):
@@ -476,10 +436,9 @@ def find_audio(folders):
 
 @contextmanager
 def locked(folder, taken="another process is preparing it; start again when it is done"):
-    """Make `folder` and keep other processes out of it. The lock ends with the process, however that ends. Raises InputError,
-    `taken`, if it is not free.
+    """Make `folder` and lock it for this process, however that ends. Raises InputError with `taken` if it is locked.
 
-    On Windows and on disks without locks nobody is kept out: two at once are then the user's care.
+    Without effect on Windows and on file systems without locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "wb") as file:
@@ -488,7 +447,7 @@ def locked(folder, taken="another process is preparing it; start again when it i
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{folder}: {taken}") from None
-        except OSError:  # this disk has no locks
+        except OSError:  # this file system has no locks
             pass
         yield
 
@@ -496,42 +455,34 @@ def locked(folder, taken="another process is preparing it; start again when it i
 def prepare(sources, out, settings, label):
     """Transform `sources` [(name, function that returns blocks of audio)] into the store `out` on all cores.
 
-    The order of `sources` is the order in the store, whatever finishes first. Work done before a kill is kept: the
-    index is the journal, and frames that it does not name are cut off. A complete store with the same settings is
-    opened as it is; other settings start anew. Sources that raise InputError are skipped and listed.
-    Raises InputError when nothing could be read, or another process is preparing the same store.
+    The order of `sources` is the order in the store, whatever finishes first. A complete store with the same settings
+    is opened as it is; an incomplete one is completed; other settings start anew. Sources that raise InputError are
+    skipped and listed. Raises InputError when nothing could be read, or another process is preparing the same store.
     """
     out = Path(out)
-    complete = lambda: read_json(out / "store.json").get("checksum") == settings["checksum"]
-    if not complete():
+    info = read_json(out / "store.json")
+    if info.get("checksum") != settings["checksum"] or "tracks" not in info:
         with locked(out):
-            if not complete():  # another process may have finished it in between
-                make_store(sources, out, settings, label)
+            make_store(sources, out, settings, label)
     return FrameStore(out)
 
 
-def journal(out):
-    """Entries of an index that a kill or a power cut left behind, up to the first whose frames never reached the disk."""
-    try:
-        entries, size = read_index(out), (out / "frames.bin").stat().st_size
-    except (OSError, ValueError):
-        return []
+def finished_entries(out, settings):
+    """Entries of an unfinished store of the same settings whose frames are on the disk; a new store has none."""
+    binary = out / "frames.bin"
+    if read_json(out / "store.json").get("checksum") != settings["checksum"]:
+        for name in ("store.json", "index.jsonl", "frames.bin"):
+            (out / name).unlink(missing_ok=True)
+        write_atomic(out / "store.json", json.dumps(settings).encode())
+    entries, size = read_index(out), binary.stat().st_size if binary.exists() else 0
     ends = np.cumsum([e.get("frames", 0) for e in entries]) * COLUMNS
-    return entries[:np.searchsorted(ends, size, side="right")]
+    return entries[:np.searchsorted(ends, size, side="right")]  # a power cut can lose frames that the index names
 
 
 def make_store(sources, out, settings, label):
-    """The work of `prepare`, on a folder that nobody else writes to."""
-    pending = out / "pending.json"
-    if read_json(pending) == settings:
-        done = journal(out)
-    else:
-        done = []
-        for name in ("store.json", "index.jsonl", "frames.bin"):
-            (out / name).unlink(missing_ok=True)
-        write_atomic(pending, json.dumps(settings).encode())
-    rows, front_end = sum(e.get("frames", 0) for e in done), FrontEnd()
-    hours = lambda: rows * HOP / SAMPLE_RATE / 3600
+    """The work of `prepare`. frames.bin and index.jsonl grow track by track and are cut to whole tracks on resuming."""
+    done, front_end = finished_entries(out, settings), FrontEnd()
+    rows = sum(e.get("frames", 0) for e in done)
 
     def work(source):
         name, read = source
@@ -542,14 +493,14 @@ def make_store(sources, out, settings, label):
             return dict(path=name, error=str(error)), b""
 
     threads, workers = torch.get_num_threads(), os.cpu_count() or 1
-    # Threads, not processes: decoding and the transforms leave Python's lock, and each uses one core.
+    # Threads, not processes: decoding and the transforms release Python's lock, and each uses one core.
     pool = ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1))
     bar = tqdm(total=len(sources), initial=len(done), desc=label, unit="track", smoothing=0.05)
     try:
         with open(out / "frames.bin", "ab") as frames_file, open(out / "index.jsonl", "ab") as index_file:
             frames_file.truncate(rows * COLUMNS)
             index_file.truncate(sum(len(json.dumps(e)) + 1 for e in done))
-            # A few are under way at a time, so that a long file at the head does not pile up the frames of all behind it.
+            # A few at a time, so that a long file at the head does not pile up the frames of all behind it.
             jobs = (pool.submit(work, source) for source in sources[len(done):])
             running = deque(islice(jobs, 2 * workers))
             while running:
@@ -561,8 +512,10 @@ def make_store(sources, out, settings, label):
                 index_file.flush()
                 done.append(entry)
                 rows += entry.get("frames", 0)
-                bar.set_postfix_str(f"{hours():.2f} h of music", refresh=False)
+                bar.set_postfix_str(f"{rows * FRAME_SECONDS / 3600:.2f} h of music", refresh=False)
                 bar.update()
+            os.fsync(frames_file.fileno())
+            os.fsync(index_file.fileno())
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
@@ -572,10 +525,10 @@ def make_store(sources, out, settings, label):
         print(f"skipped {error}")
     if not rows:
         raise InputError(f"none of {len(done)} files could be read as audio; see the lines above")
-    tracks = len(done) - len(skipped)
-    write_atomic(out / "store.json", json.dumps(dict(settings, tracks=tracks, skipped=len(skipped), hours=hours())).encode())
-    pending.unlink()
-    print(f"{out}: {tracks} tracks, {hours():.2f} h, {rows * COLUMNS / 1e6:.0f} MB, {len(skipped)} skipped")
+    totals = dict(tracks=len(done) - len(skipped), skipped=len(skipped), hours=rows * FRAME_SECONDS / 3600)
+    write_atomic(out / "store.json", json.dumps(settings | totals).encode())
+    print(f"{out}: {totals['tracks']} tracks, {totals['hours']:.2f} h, {rows * COLUMNS / 1e6:.0f} MB, "
+          f"{len(skipped)} skipped")
 
 
 def prepare_files(files, out):
@@ -583,9 +536,8 @@ def prepare_files(files, out):
 
     Names and sizes are its identity: a file that grows, shrinks or goes while it is read makes the next run start anew.
     """
-    size = lambda path: path.stat().st_size if path.exists() else -1  # gone since the folder was listed: skipped, with its name
-    settings = settings_of([(name, size(path)) for name, path in files])
-    return prepare([(name, partial(read_audio, path)) for name, path in files], out, settings, "preparing")
+    sizes = [(name, path.stat().st_size if path.exists() else -1) for name, path in files]
+    return prepare([(name, partial(read_audio, path)) for name, path in files], out, settings_of(sizes), "preparing")
 
 
 def prepare_folders(folders, out=None):
@@ -596,13 +548,26 @@ def prepare_folders(folders, out=None):
     return prepare_files(files, out or Path("data") / default)
 
 
-# ---------------------------------------------------------------- labels in a CSV
+def open_data(sources):
+    """Stores for --data: "synth", a frame store, or a folder of music (prepared first when need be)."""
+    stores = []
+    for source in sources:
+        if source == "synth":
+            stores.append(prepare_synth())
+            stores[-1].lengths = stores[-1].lengths[:len(SYNTH_SPLITS["train"])]  # no validation and test songs
+        else:
+            prepared = (Path(source) / "store.json").exists()
+            stores.append(FrameStore(source) if prepared else prepare_folders([source]))
+    return stores
+
+
+# ---------------------------------------------------------------- labels
 
 KEY_NAMES = "C Db D Eb E F Gb G Ab A Bb B".split()  # by the tonic, in semitones above C
 
 
 def parse_key(text):
-    """'F# minor', 'Bb:maj', 'A', 'd# minor<TAB>2' ... -> tonic 0..11 major, 12 + tonic minor (C = 0), None if no single key.
+    """'F# minor', 'Bb:maj', 'A', 'd# minor<TAB>2' ... -> tonic 0..11 major, 12 + tonic minor, None if no single key.
 
     Without a mode a capital letter is major, a small one minor.
     """
@@ -626,7 +591,7 @@ def read_table(path, delimiter=","):
 
 
 def read_labels(path, column, names):
-    """Labels of a CSV with the columns `file` and `column`: {name: text} for the `names` (paths in a store) that it has.
+    """Labels of a CSV with the columns `file` and `column`: {name: text} for those of `names` (paths in a store).
 
     A file is named as in the store, "music/artist/song.ogg", or relative to the prepared folder, "artist/song.ogg".
     Raises InputError when a column is missing or no file is in the store.
@@ -644,200 +609,6 @@ def read_labels(path, column, names):
     if not found:
         raise InputError(f"{path}: none of its files is in the data; name them as in index.jsonl of the store")
     return found
-
-
-# ---------------------------------------------------------------- synthetic songs
-
-# Songs with known answers, made by rule. Western tonal music in five lines: a key picks 7 of the 12 pitch classes (0 = C
-# .. 11 = B), its scale, and one of those as home, the tonic. A chord stacks every other note of the scale, three of them
-# are a triad. Major and minor scales differ in which steps are small; A minor has the notes of C major (its "relative"),
-# so both share one key signature: 12 signatures, 24 keys. Seven semitones are a fifth; keys a fifth apart differ in one note.
-SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
-# Chords (scale degrees from 0) that may follow each chord; the diminished ones are left out.
-FOLLOWS = {"major": {0: (3, 4, 5, 1, 2), 1: (4, 4, 3), 2: (5, 3), 3: (4, 0, 1), 4: (0, 0, 5, 3), 5: (3, 1, 4, 2)},
-           "minor": {0: (3, 5, 6, 2, 4), 2: (5, 6, 3), 3: (4, 0, 6), 4: (0, 0, 5), 5: (6, 2, 3, 4), 6: (0, 2, 5)}}
-TIMBRES = ("strings", "clarinet", "organ", "flute", "brass", "pluck", "mallet", "epiano")
-# Every loop holds a chord with the scale's most flat-ward note and one with its most sharp-ward note: without both, the
-# remaining notes fit two keys.
-EDGES = {"major": ({1, 3}, {2, 4}), "minor": ({3, 5}, {4, 6})}
-SONG_SECONDS = 24
-# Song numbers of each part of the default set. The labels of train are used by probes only.
-SYNTH_SPLITS = {"train": range(0, 1024), "valid": range(1024, 1152), "test": range(1152, 1408)}
-
-
-def compose(index, seed=0):
-    """The score and the labels of one synthetic song, a pure function of (seed, index).
-
-    Keys: tonic 0..11, mode, signature (tonic of the major key with the same notes), instrument (index into TIMBRES of
-    the melody), tempo (beats per minute), chords [(start, end, class)] in seconds, class = root + 12 * minor or 24 for
-    none, beats [s], notes [(start, duration, MIDI pitch, velocity, part)], drums [(time, kind)], and the sound settings.
-    """
-    rng = np.random.default_rng([seed, index])
-    tonic, mode = int(rng.integers(12)), ("major", "minor")[rng.integers(2)]
-    scale, follows = SCALES[mode], FOLLOWS[mode]
-    tempo = float(70 * (160 / 70) ** rng.random())
-    beat = 60 / tempo
-    span = 2 if tempo < 110 else 4                                        # beats a chord lasts: 1.5 to 2.2 s
-    spans = math.ceil(SONG_SECONDS / (span * beat))
-    harmonic_minor = rng.random() < 0.5
-    # Verse and chorus: each half has its own loop of chords, so that only the key is common to both.
-    loops = []
-    for length in rng.choice([4, 4, 8], 2):
-        loop = []
-        while not all(edge & set(loop) for edge in EDGES[mode]):
-            loop = [0 if rng.random() < 0.7 else int(rng.choice(list(follows)))]
-            while len(loop) < length:
-                loop.append(int(rng.choice(follows[loop[-1]])))
-        loops.append(loop)
-    rest = int(rng.integers(1, spans)) if rng.random() < 0.3 else -1      # a moment of drums alone: "no chord"
-    pitch_of = lambda degree: tonic + scale[degree % 7] + 12 * (degree // 7)
-    # The melody keeps its instrument; chords and bass change theirs, as does the style of playing.
-    timbres = tuple(int(t) for t in rng.permutation(len(TIMBRES))[:5])      # melody, then chords and bass of each half
-    sections = [dict(comp=rng.choice(["block", "arpeggio", "offbeat"]), bass=rng.choice(["root", "walk", "pulse"]),
-                     drums=rng.random() < 0.6, dense=rng.uniform(0.5, 0.9)) for _ in range(2)]
-    # Each part's range starts anywhere: if all songs shared one lowest note, it would tell where a crop was cut.
-    lowest = [int(low + rng.integers(12)) for low in (46, 46, 29)]         # melody, chords, bass (MIDI pitch)
-    home, melody = lowest[0] + (tonic - lowest[0]) % 12, int(rng.integers(7, 14))
-    notes, drums, chords = [], [], []
-    for i in range(spans):
-        half, start = 2 * i // spans, span * beat * i
-        section, comp, bass = sections[half], 1 + 2 * half, 2 + 2 * half
-        if section["drums"] or i == rest:
-            drums += [(start + b * beat, kind) for b, kind in enumerate(("kick", "snare", "kick", "snare")[:span])]
-            drums += [(start + b * beat / 2, "hat") for b in range(2 * span) if rng.random() < section["dense"]]
-        if i == rest:
-            chords.append((start, start + span * beat, 24))
-            continue
-        degree = loops[half][i % len(loops[half])]
-        triad = [pitch_of(degree + step) for step in (0, 2, 4)]
-        if mode == "minor" and degree == 4 and harmonic_minor:
-            triad[1] += 1                                                 # the leading tone: V instead of v
-        chords.append((start, start + span * beat, triad[0] % 12 + 12 * (triad[1] - triad[0] == 3)))
-        voiced = sorted(lowest[1] + (p - lowest[1]) % 12 for p in triad)
-        if section["comp"] == "block":
-            notes += [(start + b * beat, 1.9 * beat, p, 0.5, comp) for b in range(0, span, 2) for p in voiced]
-        elif section["comp"] == "arpeggio":
-            notes += [(start + b * beat / 2, beat, (voiced + voiced[1:2])[b % 4], 0.6, comp) for b in range(2 * span)]
-        else:
-            notes += [(start + (b + 0.5) * beat, 0.4 * beat, p, 0.5, comp) for b in range(span) for p in voiced]
-        low = lowest[2] + (triad[0] - lowest[2]) % 12
-        if section["bass"] == "root":
-            notes.append((start, (span - 0.2) * beat, low, 0.8, bass))
-        else:
-            steps = (0, 0, 0, 0) if section["bass"] == "pulse" else (0, triad[1] - triad[0], triad[2] - triad[0], 12)
-            notes += [(start + b * beat, 0.9 * beat, low + s, 0.8, bass) for b, s in enumerate(steps[:span])]
-        for eighth in range(2 * span):                                        # melody: a walk on the scale, pulled to the chord
-            if rng.random() > section["dense"]:
-                continue
-            melody = int(np.clip(melody + rng.integers(-2, 3), 4, 18))
-            pitch = pitch_of(melody)
-            if eighth % 4 == 0 and not any((pitch - p) % 12 == 0 for p in triad):
-                melody += 1 if any((pitch_of(melody + 1) - p) % 12 == 0 for p in triad) else -1
-                pitch = pitch_of(melody)
-            notes.append((start + eighth * beat / 2, beat * rng.choice([0.5, 0.5, 1.0]), home + pitch - tonic, rng.uniform(0.8, 1.1), 0))
-    signature = tonic if mode == "major" else (tonic + 3) % 12
-    return dict(tonic=tonic, mode=mode, signature=signature, key=tonic + 12 * (mode == "minor"), instrument=timbres[0],
-                tempo=tempo, chords=chords, beats=[b * beat for b in range(span * spans)], notes=notes, drums=drums,
-                timbres=timbres, colour=rng.uniform(0.7, 1.4, 5),
-                levels=np.array([1.5, *rng.uniform(0.3, 0.6, 4)]), drum_level=rng.uniform(0.2, 0.6),
-                detune=float(np.clip(rng.normal(0, 0.1), -0.3, 0.3)), noise_seed=int(rng.integers(2 ** 31)),
-                loudness=rng.uniform(-30, -14), swell=rng.uniform(0, 0.4), tilt=rng.uniform(-1.5, 1.5),
-                peaks=[(rng.uniform(150, 5000), rng.uniform(-5, 5)) for _ in range(3)],
-                reverb=rng.uniform(0.1, 0.6) if rng.random() < 0.5 else 0.0, drive=rng.uniform(1, 4) if rng.random() < 0.2 else 0.0,
-                noise=rng.uniform(-70, -45))
-
-
-def render_note(timbre, pitch, seconds, colour, rng):
-    """One note: (samples,) float32. Each timbre is built in its own way; `colour` > 1 is darker.
-
-    Sines at multiples of the fundamental come from the recurrence sin((h+1)x) = 2 cos(x) sin(hx) - sin((h-1)x).
-    """
-    f = 440 * 2 ** ((pitch - 69) / 12)
-    t = np.arange(int(seconds * SAMPLE_RATE), dtype=np.float32) / SAMPLE_RATE
-    name = TIMBRES[timbre]
-    vibrato = {"strings": 0.006, "flute": 0.004}.get(name, 0) * np.sin(2 * np.pi * 5.5 * t) / 5.5
-    phase = (2 * np.pi * f * (t + vibrato)).astype(np.float32)
-    if name == "mallet":                                                  # a bar's modes are no multiples of each other
-        modes = ((1, 1, 5), (3.93, 0.5, 14), (9.2, 0.25, 30))             # (ratio, amplitude, decay per second)
-        wave = sum(a * np.sin(r * phase) * np.exp(-t * d * colour) for r, a, d in modes if r * f < 7500)
-    elif name == "epiano":                                                # frequency modulation
-        body = 1.8 / colour * np.exp(-3 * t) * np.sin(phase)
-        tine = 0.4 * np.exp(-12 * t) * np.sin(min(7.0, 7000 / f) * phase)
-        wave = np.sin(phase + body + tine) * np.exp(-1.2 * t)
-    else:
-        h = np.arange(1, max(1, min(20, int(7500 / f))) + 1)
-        amplitude = {"strings": h ** -colour,
-                     "clarinet": (h % 2) * h ** -colour + 0.04 / h,       # a closed pipe: odd harmonics
-                     "brass": h ** (-0.6 * colour) * np.exp(-h / 9),
-                     "organ": np.isin(h, (1, 2, 3, 4, 6, 8)) * h ** (-0.5 * colour),
-                     "flute": np.array([1, 0.35, 0.12, 0.04] + [0.0] * 16)[h - 1],
-                     "pluck": h ** (-0.8 * colour) * np.abs(np.sin(0.55 * h))}[name]
-        cosine, previous, current = 2 * np.cos(phase), np.zeros_like(phase), np.sin(phase)
-        decay = np.exp(-1.1 * t) if name == "pluck" else (1 - np.exp(-9 * t)) ** 0.25 if name == "brass" else None
-        envelope, wave = np.ones_like(t), np.zeros_like(t)
-        for a in amplitude:                                               # high partials die (pluck) or enter (brass) in turn
-            if decay is not None:
-                envelope = envelope * decay
-            wave += np.float32(a) * (current if decay is None else current * envelope)
-            previous, current = current, cosine * current - previous
-    if name == "flute":
-        wave = wave + 0.08 * rng.standard_normal(len(t), dtype=np.float32)
-    attack = {"strings": 0.12, "flute": 0.06, "brass": 0.04, "clarinet": 0.03, "organ": 0.01}.get(name, 0.003)
-    return (wave * np.minimum(1, t / attack)).astype(np.float32)
-
-
-def render(song):
-    """Score to sound: (SONG_SECONDS * 16000,) float32 with drums, room, equaliser, noise and a level of its own."""
-    rng = np.random.default_rng(song["noise_seed"])
-    size = SONG_SECONDS * SAMPLE_RATE
-    mix, cache = np.zeros(size, np.float32), {}
-    release = np.linspace(1, 0, int(0.04 * SAMPLE_RATE), dtype=np.float32)
-    for start, duration, pitch, velocity, part in song["notes"]:
-        begin, length = int(start * SAMPLE_RATE), int(duration * SAMPLE_RATE)
-        if begin + 2 * len(release) >= size:
-            continue
-        note = cache.get((part, pitch))
-        if note is None or len(note) < length:
-            note = render_note(song["timbres"][part], pitch + song["detune"], duration + 0.01, song["colour"][part], rng)
-            cache[part, pitch] = note
-            note /= np.sqrt(np.mean(note[:4000] ** 2)) + 1e-6
-        note = note[:min(length, size - begin)] * np.float32(velocity * song["levels"][part])
-        note[-len(release):] *= release[:len(note)]
-        mix[begin:begin + len(note)] += note
-    t = np.arange(int(0.25 * SAMPLE_RATE), dtype=np.float32) / SAMPLE_RATE
-    noise = rng.standard_normal(len(t), dtype=np.float32)
-    kit = {"kick": 4 * np.sin(2 * np.pi * (50 * t + 3 * (1 - np.exp(-30 * t)))) * np.exp(-14 * t), "snare": 2 * noise * np.exp(-18 * t),
-           "hat": np.diff(noise, append=0) * np.exp(-50 * t)}
-    for time, kind in song["drums"]:
-        begin = int(time * SAMPLE_RATE)
-        hit = kit[kind][:max(0, size - begin)]
-        mix[begin:begin + len(hit)] += np.float32(song["drum_level"]) * hit
-    if song["drive"]:
-        mix = np.tanh(song["drive"] * mix / (3 * mix.std() + 1e-6))
-    spectrum = np.fft.rfft(mix, 2 * size)                                 # room and equaliser, both filters, in one product
-    frequency = np.fft.rfftfreq(2 * size, 1 / SAMPLE_RATE) + 1
-    decibels = song["tilt"] * np.log2(frequency / 800)
-    for centre, gain in song["peaks"]:
-        decibels += gain * np.exp(-0.5 * (np.log2(frequency / centre) / 0.5) ** 2)
-    spectrum *= 10 ** (np.clip(decibels, -30, 20) / 20)
-    if song["reverb"]:
-        tail = np.arange(SAMPLE_RATE) / SAMPLE_RATE
-        room = song["reverb"] * 0.03 * rng.standard_normal(SAMPLE_RATE) * np.exp(-tail * 7)
-        room[0] = 1
-        spectrum *= np.fft.rfft(room, 2 * size)
-    mix = np.fft.irfft(spectrum)[:size]
-    mix *= 1 + song["swell"] * np.sin(2 * np.pi * np.arange(size) / size * 1.5)
-    mix *= 10 ** (song["loudness"] / 20) / (mix.std() + 1e-6)
-    mix += 10 ** (song["noise"] / 20) * rng.standard_normal(size)
-    return (mix / max(1, np.abs(mix).max())).astype(np.float32)
-
-
-def prepare_synth(songs=SYNTH_SPLITS["test"].stop, out="data/synth", seed=0):
-    """Frame store of synthetic songs 0 .. songs - 1, through the same path as files. Made once, then cached."""
-    sources = [(f"synth/{i:05d}", lambda i=i: iter([torch.from_numpy(render(compose(i, seed)))])) for i in range(songs)]
-    maker = "".join(map(inspect.getsource, (compose, render_note, render)))  # other rules make other songs
-    settings = settings_of([SONG_SECONDS, seed, maker, *(name for name, _ in sources)])
-    return prepare(sources, out, settings, "making synthetic songs")
 
 
 # ---------------------------------------------------------------- views
@@ -858,12 +629,11 @@ def crop_views(frames, crops):
 
 
 def training_views(frames, crops):
-    """crop_views for the views of Segments.batch, with the mel of the transposed view 2 set to silence.
+    """crop_views for the views of Segments.batch, with the mel of the transposed view 2 zeroed.
 
-    A mel spectrogram cannot be cropped in semitones, so beside a cropped CQT it says where the music really lies: the
-    network could compare the two, read off the crop itself and answer with that. Such an answer turns with the crop as
-    CPSD asks, costs nothing, and knows no key. Silence in one view of each pair closes that road: the crop cannot be
-    read there, so both must agree on something in the music. README shows what happens otherwise.
+    An uncropped mel beside a cropped CQT gives away where the crop starts: a network that compares the two can output
+    the crop itself. That output shifts with the crop as CPSD asks, and has nothing to do with key: a shortcut solution.
+    Zeroing the mel of one view of each pair removes it, as the two views can only agree on something in the music.
     """
     cqt, mel = crop_views(frames, crops)
     mel[2:] = 0
@@ -871,7 +641,7 @@ def training_views(frames, crops):
 
 
 def kept_positions(rng, shape, count, mask):
-    """Which of `count` tokens a mask of that share leaves, sorted: (*shape, kept) int64, another draw for each item."""
+    """Random subset of `count` tokens that masking by that share keeps, sorted, for each item: (*shape, kept) int64."""
     kept = max(1, round(count * (1 - mask)))
     order = rng.random((*shape, count), dtype=np.float32)
     return np.sort(np.argpartition(order, kept - 1, axis=-1)[..., :kept], axis=-1)
@@ -880,17 +650,17 @@ def kept_positions(rng, shape, count, mask):
 class Segments:
     """Training batches from frame stores, each a pure function of (seed, step): resuming needs no hidden state.
 
-    Tracks are cut into pieces of about 30 s, and one item of a batch is one piece: two segments "of the same music" are
-    then close in time, as in CoJEPA, whether a file holds a song or an album side. Three views of each item:
+    Tracks are cut into pieces of about 30 s, and one item of a batch is one piece: its two segments are close in time,
+    as in CoJEPA, whether a file holds a song or an album side. Three views of each item:
 
         view 0  segment A   crop c
         view 1  segment B   crop c     A, B do not overlap where the piece has room for two segments
         view 2  segment A   crop c'    mel zeroed (see training_views)
 
-    NT-Xent compares views 0 and 1, which share a crop: if it were invariant to transposition, the trunk would lose pitch.
+    NT-Xent compares views 0 and 1, which share a crop: invariance to transposition would cost the trunk its pitch.
     CPSD compares views 0 and 1 with view 2, whose crop differs. Each view keeps its own random frames.
-    keys {path in a store: 0..23}: labels for the tasks that use some (`tone`). mix: shares in which the stores are drawn
-    from; without it every piece is equally likely.
+    keys {path in a store: 0..23}: labels for the tasks that use some (`tone`). mix: shares in which the stores are
+    drawn from; without it every piece is equally likely.
     Raises InputError when the stores hold no track of 4 s, or fewer pieces than the batch, or when mix does not fit.
     """
 
@@ -899,29 +669,30 @@ class Segments:
         self.offsets = np.cumsum([0] + [len(store.frames) for store in stores])       # of each store's frames in `rows`
         pieces, labels, first_track = [], [], 0
         for store, offset in zip(stores, self.offsets):
-            counts = np.where(store.lengths < SEGMENT, 0, np.maximum(1, store.lengths // PIECE))  # (tracks,) pieces each
+            counts = np.where(store.lengths < SEGMENT, 0, np.maximum(1, store.lengths // PIECE))  # (tracks,) pieces
             track = np.repeat(np.arange(len(counts)), counts)                         # (pieces,)
-            nth = np.arange(len(track)) - np.repeat(np.cumsum(counts) - counts, counts)   # (pieces,) from 0 in each track
+            nth = np.arange(len(track)) - np.repeat(np.cumsum(counts) - counts, counts)   # (pieces,) within the track
             length = store.lengths[track] // counts[track]
-            pieces.append(np.stack([offset + store.starts[track] + nth * length, length, first_track + track], axis=1))
+            start = offset + store.starts[track] + nth * length
+            pieces.append(np.stack([start, length, first_track + track], axis=1))
             labels += [(keys or {}).get(store.paths[t], -1) for t in track]
             first_track += len(counts)
         self.sizes = np.array([len(p) for p in pieces])                               # (stores,) pieces of each
         self.pieces = np.concatenate(pieces)                                          # (pieces, 3): start, length, track
         self.keys = np.array(labels, dtype=np.int64)                                  # (pieces,)
-        self.frames, self.device = None, torch.device("cpu")
-        total = len(self.pieces)
-        self.summary = f"{total} pieces of about 30 s, {self.pieces[:, 1].sum() * FRAME_SECONDS / 3600:.2f} h"
-        if short := sum(int((store.lengths < SEGMENT).sum()) for store in stores):
-            self.summary += f"; {short} tracks shorter than one 4 s segment left out"
+        self.frames, self.device = None, torch.device("cpu")                          # on a device after to()
+        total, short = len(self.pieces), sum(int((store.lengths < SEGMENT).sum()) for store in stores)
         if total == 0:
             raise InputError("every track is shorter than one 4 s segment; give longer recordings")
         if total < batch_size:
             raise InputError(f"a batch of {batch_size} needs as many pieces of 30 s, the data has {total}; "
                              f"use --batch-size {total} or less, or add music")
+        if mix and (len(mix) != len(stores) or not all(0 < share < np.inf for share in mix)):
+            raise InputError(f"--mix: give one share above 0 for each of the {len(stores)} sources of --data")
+        self.summary = f"{total} pieces of about 30 s, {self.pieces[:, 1].sum() * FRAME_SECONDS / 3600:.2f} h"
+        if short:
+            self.summary += f"; {short} tracks shorter than one 4 s segment left out"
         if mix:
-            if len(mix) != len(stores) or not all(0 < share < np.inf for share in mix):
-                raise InputError(f"--mix: give one share above 0 for each of the {len(stores)} sources of --data")
             self.summary += "; drawn " + " : ".join(f"{share / sum(mix):.0%}" for share in mix)
 
     def to(self, device):
@@ -935,16 +706,17 @@ class Segments:
         if not self.mix:
             return rng.choice(len(self.pieces), self.batch_size, replace=False)
         counts = rng.multinomial(self.batch_size, np.array(self.mix) / sum(self.mix))
-        while (counts > self.sizes).any():  # what a small store cannot give, the others do
+        while (counts > self.sizes).any():  # small stores are exhausted; the others fill the batch
             counts = np.minimum(counts, self.sizes)
             room = (counts < self.sizes) * np.array(self.mix)
             counts += rng.multinomial(self.batch_size - counts.sum(), room / room.sum())
         first = np.cumsum(self.sizes) - self.sizes
-        drawn = [start + rng.choice(size, count, replace=False) for start, size, count in zip(first, self.sizes, counts)]
+        drawn = [start + rng.choice(size, count, replace=False)
+                 for start, size, count in zip(first, self.sizes, counts)]
         return rng.permutation(np.concatenate(drawn))
 
     def draw(self, seed, step, views=3, mask=0.0, share=slice(None)):
-        """What batch() returns, with `rows` (views, share, kept) in place of the frames: their numbers over all stores."""
+        """As batch(), with `rows` (views, share, kept), frame numbers over all stores, in place of the frames."""
         rng = np.random.default_rng([seed, step])
         number = self.draw_pieces(rng)                                                # (batch,)
         begin, length, track = self.pieces[number].T                                  # (batch,) each
@@ -975,23 +747,256 @@ class Segments:
         return torch.from_numpy(frames)
 
     def batch(self, seed, step, views=3, mask=0.0, share=slice(None)):
-        """frames (views, share, kept, 224) uint8, crops (views, batch), positions (views, share, kept), keys and tracks
-        (batch,) int64, in a dictionary.
+        """A dictionary: frames (views, share, kept, 224) uint8, crops (views, batch), positions (views, share, kept),
+        keys and tracks (batch,) int64.
 
-        mask: share of frames dropped; positions: which of the 126 frames of a segment were kept; keys: -1 where there is
-        no label; tracks: numbers unique over all stores. share: the slice of the batch whose frames are wanted, as each
+        mask: share of frames dropped; positions: which of the 126 frames of a segment were kept; keys: -1 without a
+        label; tracks: numbers unique over all stores. share: the slice of the batch whose frames are wanted, as each
         of several processes draws the same batch and reads its part.
         """
         drawn = self.draw(seed, step, views, mask, share)
         return dict(frames=self.gather(drawn.pop("rows")), **drawn)
 
 
-def open_data(sources):
-    """Stores for --data: "synth", a frame store, or a folder of music (prepared first when need be)."""
-    if "synth" in sources:
-        synth = prepare_synth()
-        synth.lengths = synth.lengths[:len(SYNTH_SPLITS["train"])]  # validation and test songs stay out of training
-    return [synth if s == "synth" else FrameStore(s) if (Path(s) / "store.json").exists() else prepare_folders([s]) for s in sources]
+# ---------------------------------------------------------------- synthetic songs
+
+# Western tonal music in five lines: a key picks 7 of the 12 pitch classes (0 = C .. 11 = B), its scale, and one of them
+# as home, the tonic. A chord stacks every other note of the scale; three of them are a triad. Major and minor scales
+# differ in which steps are small; A minor has the notes of C major (its relative), so both share one key signature:
+# 12 signatures, 24 keys. Seven semitones are a fifth; keys a fifth apart differ in one note.
+SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
+# Chords (scale degrees from 0) that may follow each chord; the diminished ones are left out.
+FOLLOWS = {"major": {0: (3, 4, 5, 1, 2), 1: (4, 4, 3), 2: (5, 3), 3: (4, 0, 1), 4: (0, 0, 5, 3), 5: (3, 1, 4, 2)},
+           "minor": {0: (3, 5, 6, 2, 4), 2: (5, 6, 3), 3: (4, 0, 6), 4: (0, 0, 5), 5: (6, 2, 3, 4), 6: (0, 2, 5)}}
+# Every loop holds a chord with the scale's most flat-ward note and one with its most sharp-ward note: without both, the
+# remaining notes fit two keys.
+EDGES = {"major": ({1, 3}, {2, 4}), "minor": ({3, 5}, {4, 6})}
+TIMBRES = ("strings", "clarinet", "organ", "flute", "brass", "pluck", "mallet", "epiano")
+SONG_SECONDS = 24
+# Song numbers of each part of the default set. The labels of train are used by probes only.
+SYNTH_SPLITS = {"train": range(0, 1024), "valid": range(1024, 1152), "test": range(1152, 1408)}
+
+
+def chord_loop(rng, mode, length):
+    """`length` degrees, each one that may follow the one before, drawn until both edges of the scale occur."""
+    follows, loop = FOLLOWS[mode], []
+    while not all(edge & set(loop) for edge in EDGES[mode]):
+        loop = [0 if rng.random() < 0.7 else int(rng.choice(list(follows)))]
+        while len(loop) < length:
+            loop.append(int(rng.choice(follows[loop[-1]])))
+    return loop
+
+
+# The parts of an arrangement. Notes are (beat, beats long, MIDI pitch, velocity), from the start of a chord.
+
+
+def accompaniment(style, triad, beats):
+    """A triad as long chords, as an arpeggio, or as short chords off the beat."""
+    if style == "block":
+        return [(b, 1.9, p, 0.5) for b in range(0, beats, 2) for p in triad]
+    if style == "arpeggio":
+        return [(b / 2, 1, (triad + triad[1:2])[b % 4], 0.6) for b in range(2 * beats)]
+    return [(b + 0.5, 0.4, p, 0.5) for b in range(beats) for p in triad]
+
+
+def bass_line(style, root, third, fifth, beats):
+    """The root held, the root on every beat, or a walk up the triad."""
+    if style == "root":
+        return [(0, beats - 0.2, root, 0.8)]
+    steps = (0, 0, 0, 0) if style == "pulse" else (0, third, fifth, 12)
+    return [(b, 0.9, root + step, 0.8) for b, step in enumerate(steps[:beats])]
+
+
+def melody_line(rng, place, pitch_of, triad, dense, beats):
+    """A random walk on the scale from degree `place`, on chord notes every two beats: (notes, last degree)."""
+    in_chord = lambda degree: any((pitch_of(degree) - p) % 12 == 0 for p in triad)
+    notes = []
+    for eighth in range(2 * beats):
+        if rng.random() > dense:
+            continue
+        place = int(np.clip(place + rng.integers(-2, 3), 4, 18))
+        if eighth % 4 == 0 and not in_chord(place):
+            place += 1 if in_chord(place + 1) else -1
+        notes.append((eighth / 2, rng.choice([0.5, 0.5, 1.0]), pitch_of(place), rng.uniform(0.8, 1.1)))
+    return notes, place
+
+
+def drum_hits(rng, dense, beats):
+    """[(beat, kind)]"""
+    hits = [(b, kind) for b, kind in enumerate(("kick", "snare", "kick", "snare")[:beats])]
+    return hits + [(b / 2, "hat") for b in range(2 * beats) if rng.random() < dense]
+
+
+def sound_settings(rng):
+    """Everything of a song that is no note: levels, tuning, equaliser, room, distortion, noise."""
+    return dict(colour=rng.uniform(0.7, 1.4, 5), levels=np.array([1.5, *rng.uniform(0.3, 0.6, 4)]),
+                drum_level=rng.uniform(0.2, 0.6), detune=float(np.clip(rng.normal(0, 0.1), -0.3, 0.3)),
+                noise_seed=int(rng.integers(2 ** 31)), loudness=rng.uniform(-30, -14), swell=rng.uniform(0, 0.4),
+                tilt=rng.uniform(-1.5, 1.5), peaks=[(rng.uniform(150, 5000), rng.uniform(-5, 5)) for _ in range(3)],
+                reverb=rng.uniform(0.1, 0.6) if rng.random() < 0.5 else 0.0,
+                drive=rng.uniform(1, 4) if rng.random() < 0.2 else 0.0, noise=rng.uniform(-70, -45))
+
+
+def compose(index, seed=0):
+    """The score and the labels of one synthetic song, a pure function of (seed, index).
+
+    Keys: tonic 0..11, mode, key (0..23), signature (tonic of the major key with the same notes), instrument (index into
+    TIMBRES of the melody), tempo (beats per minute), chords [(start, end, class)] in seconds, class = root + 12 * minor
+    or 24 for none, beats [s], notes [(start, duration, MIDI pitch, velocity, part)], drums [(time, kind)], timbres of
+    the parts, and sound_settings.
+    """
+    rng = np.random.default_rng([seed, index])
+    tonic, mode = int(rng.integers(12)), ("major", "minor")[rng.integers(2)]
+    tempo = float(70 * (160 / 70) ** rng.random())
+    beat, span = 60 / tempo, 2 if tempo < 110 else 4                      # span: beats a chord lasts, 1.5 to 2.2 s
+    spans = math.ceil(SONG_SECONDS / (span * beat))
+    harmonic_minor = rng.random() < 0.5
+    # Verse and chorus: each half has its own loop of chords, so that only the key is common to both.
+    loops = [chord_loop(rng, mode, length) for length in rng.choice([4, 4, 8], 2)]
+    rest = int(rng.integers(1, spans)) if rng.random() < 0.3 else -1      # one span of drums alone: "no chord"
+    # The melody keeps its instrument; chords and bass change theirs, as does the style of playing.
+    timbres = tuple(int(t) for t in rng.permutation(len(TIMBRES))[:5])    # melody, then chords and bass of each half
+    sections = [dict(comp=rng.choice(["block", "arpeggio", "offbeat"]), bass=rng.choice(["root", "walk", "pulse"]),
+                     drums=rng.random() < 0.6, dense=rng.uniform(0.5, 0.9)) for _ in range(2)]
+    # Each part's range starts anywhere: a lowest note common to all songs would give away where a crop was cut.
+    lowest = [int(low + rng.integers(12)) for low in (46, 46, 29)]        # melody, chords, bass (MIDI pitch)
+    above = lambda low, pitch: low + (pitch - low) % 12
+    home, place = above(lowest[0], tonic), int(rng.integers(7, 14))
+    pitch_of = lambda degree: home + SCALES[mode][degree % 7] + 12 * (degree // 7)
+    notes, drums, chords = [], [], []
+    for i in range(spans):
+        half, start = 2 * i // spans, span * beat * i
+        section = sections[half]
+        if section["drums"] or i == rest:
+            drums += [(start + b * beat, kind) for b, kind in drum_hits(rng, section["dense"], span)]
+        if i == rest:
+            chords.append((start, start + span * beat, 24))
+            continue
+        degree = loops[half][i % len(loops[half])]
+        root, third, fifth = (pitch_of(degree + step) for step in (0, 2, 4))
+        if mode == "minor" and degree == 4 and harmonic_minor:
+            third += 1                                                    # the leading tone: V instead of v
+        chords.append((start, start + span * beat, root % 12 + 12 * (third - root == 3)))
+        triad = sorted(above(lowest[1], p) for p in (root, third, fifth))
+        parts = {1 + 2 * half: accompaniment(section["comp"], triad, span),
+                 2 + 2 * half: bass_line(section["bass"], above(lowest[2], root), third - root, fifth - root, span)}
+        parts[0], place = melody_line(rng, place, pitch_of, triad, section["dense"], span)
+        for part, line in parts.items():
+            notes += [(start + b * beat, long * beat, p, velocity, part) for b, long, p, velocity in line]
+    key = tonic + 12 * (mode == "minor")
+    return dict(tonic=tonic, mode=mode, key=key, signature=tonic if mode == "major" else (tonic + 3) % 12,
+                instrument=timbres[0], tempo=tempo, chords=chords, beats=[b * beat for b in range(span * spans)],
+                notes=notes, drums=drums, timbres=timbres, **sound_settings(rng))
+
+
+def harmonic_tone(name, h, phase, t, colour):
+    """A sum of sines at multiples h = 1, 2 ... of the fundamental, by sin((h+1)x) = 2 cos(x) sin(hx) - sin((h-1)x)."""
+    amplitude = {"strings": h ** -colour,
+                 "clarinet": (h % 2) * h ** -colour + 0.04 / h,           # a closed pipe: odd harmonics
+                 "brass": h ** (-0.6 * colour) * np.exp(-h / 9),
+                 "organ": np.isin(h, (1, 2, 3, 4, 6, 8)) * h ** (-0.5 * colour),
+                 "flute": np.array([1, 0.35, 0.12, 0.04] + [0.0] * 16)[h - 1],
+                 "pluck": h ** (-0.8 * colour) * np.abs(np.sin(0.55 * h))}[name]
+    # Higher partials decay faster (pluck) or enter later (brass).
+    decay = {"pluck": np.exp(-1.1 * t), "brass": (1 - np.exp(-9 * t)) ** 0.25}.get(name, np.ones_like(t))
+    cosine, previous, current = 2 * np.cos(phase), np.zeros_like(phase), np.sin(phase)
+    envelope, wave = np.ones_like(t), np.zeros_like(t)
+    for a in amplitude:
+        envelope = envelope * decay
+        wave += np.float32(a) * (current * envelope)
+        previous, current = current, cosine * current - previous
+    return wave
+
+
+def render_note(timbre, pitch, seconds, colour, rng):
+    """One note: (samples,) float32. Each timbre is built in its own way; `colour` > 1 is darker."""
+    f = 440 * 2 ** ((pitch - 69) / 12)
+    t = np.arange(int(seconds * SAMPLE_RATE), dtype=np.float32) / SAMPLE_RATE
+    name = TIMBRES[timbre]
+    vibrato = {"strings": 0.006, "flute": 0.004}.get(name, 0) * np.sin(2 * np.pi * 5.5 * t) / 5.5
+    phase = (2 * np.pi * f * (t + vibrato)).astype(np.float32)
+    if name == "mallet":                                                  # a bar's modes are no multiples of each other
+        modes = ((1, 1, 5), (3.93, 0.5, 14), (9.2, 0.25, 30))             # (ratio, amplitude, decay per second)
+        wave = sum(a * np.sin(r * phase) * np.exp(-t * d * colour) for r, a, d in modes if r * f < 7500)
+    elif name == "epiano":                                                # frequency modulation
+        body = 1.8 / colour * np.exp(-3 * t) * np.sin(phase)
+        tine = 0.4 * np.exp(-12 * t) * np.sin(min(7.0, 7000 / f) * phase)
+        wave = np.sin(phase + body + tine) * np.exp(-1.2 * t)
+    else:
+        wave = harmonic_tone(name, np.arange(1, max(1, min(20, int(7500 / f))) + 1), phase, t, colour)
+    if name == "flute":
+        wave = wave + 0.08 * rng.standard_normal(len(t), dtype=np.float32)
+    attack = {"strings": 0.12, "flute": 0.06, "brass": 0.04, "clarinet": 0.03, "organ": 0.01}.get(name, 0.003)
+    return (wave * np.minimum(1, t / attack)).astype(np.float32)
+
+
+def add_notes(mix, song, rng):
+    """Add the notes of a score to `mix` (samples,) in place. The longest note of a pitch serves the shorter ones."""
+    release, cache = np.linspace(1, 0, int(0.04 * SAMPLE_RATE), dtype=np.float32), {}
+    for start, duration, pitch, velocity, part in song["notes"]:
+        begin, length = int(start * SAMPLE_RATE), int(duration * SAMPLE_RATE)
+        if begin + 2 * len(release) >= len(mix):
+            continue
+        note = cache.get((part, pitch))
+        if note is None or len(note) < length:
+            colour = song["colour"][part]
+            note = render_note(song["timbres"][part], pitch + song["detune"], duration + 0.01, colour, rng)
+            cache[part, pitch] = note
+            note /= np.sqrt(np.mean(note[:4000] ** 2)) + 1e-6
+        note = note[:min(length, len(mix) - begin)] * np.float32(velocity * song["levels"][part])
+        note[-len(release):] *= release[:len(note)]
+        mix[begin:begin + len(note)] += note
+
+
+def add_drums(mix, song, rng):
+    """Add the drums of a score to `mix` (samples,) in place: a falling sine and two kinds of noise."""
+    t = np.arange(int(0.25 * SAMPLE_RATE), dtype=np.float32) / SAMPLE_RATE
+    noise = rng.standard_normal(len(t), dtype=np.float32)
+    kit = {"kick": 4 * np.sin(2 * np.pi * (50 * t + 3 * (1 - np.exp(-30 * t)))) * np.exp(-14 * t),
+           "snare": 2 * noise * np.exp(-18 * t), "hat": np.diff(noise, append=0) * np.exp(-50 * t)}
+    for time, kind in song["drums"]:
+        begin = int(time * SAMPLE_RATE)
+        hit = kit[kind][:max(0, len(mix) - begin)]
+        mix[begin:begin + len(hit)] += np.float32(song["drum_level"]) * hit
+
+
+def recorded(mix, song, rng):
+    """`mix` through an equaliser and a room, both filters, in one product of spectra: (samples,)."""
+    spectrum = np.fft.rfft(mix, 2 * len(mix))
+    frequency = np.fft.rfftfreq(2 * len(mix), 1 / SAMPLE_RATE) + 1
+    decibels = song["tilt"] * np.log2(frequency / 800)
+    for centre, gain in song["peaks"]:
+        decibels += gain * np.exp(-0.5 * (np.log2(frequency / centre) / 0.5) ** 2)
+    spectrum *= 10 ** (np.clip(decibels, -30, 20) / 20)
+    if song["reverb"]:
+        tail = np.arange(SAMPLE_RATE) / SAMPLE_RATE
+        room = song["reverb"] * 0.03 * rng.standard_normal(SAMPLE_RATE) * np.exp(-tail * 7)
+        room[0] = 1
+        spectrum *= np.fft.rfft(room, 2 * len(mix))
+    return np.fft.irfft(spectrum)[:len(mix)]
+
+
+def render(song):
+    """Score to sound: (SONG_SECONDS * 16000,) float32 with drums, room, equaliser, noise and a level of its own."""
+    rng = np.random.default_rng(song["noise_seed"])
+    mix = np.zeros(SONG_SECONDS * SAMPLE_RATE, np.float32)
+    add_notes(mix, song, rng)
+    add_drums(mix, song, rng)
+    if song["drive"]:
+        mix = np.tanh(song["drive"] * mix / (3 * mix.std() + 1e-6))
+    mix = recorded(mix, song, rng)
+    mix *= 1 + song["swell"] * np.sin(2 * np.pi * np.arange(len(mix)) / len(mix) * 1.5)
+    mix *= 10 ** (song["loudness"] / 20) / (mix.std() + 1e-6)
+    mix += 10 ** (song["noise"] / 20) * rng.standard_normal(len(mix))
+    return (mix / max(1, np.abs(mix).max())).astype(np.float32)
+
+
+def prepare_synth(songs=SYNTH_SPLITS["test"].stop, out="data/synth", seed=0):
+    """Frame store of synthetic songs 0 .. songs - 1, through the same path as files. Made once, then cached."""
+    sources = [(f"synth/{i:05d}", lambda i=i: iter([torch.from_numpy(render(compose(i, seed)))])) for i in range(songs)]
+    rules = Path(__file__).read_text().partition("- synthetic songs\n")[2]  # other rules make other songs
+    settings = settings_of([seed, rules, *(name for name, _ in sources)])
+    return prepare(sources, out, settings, "making synthetic songs")
 
 
 def main():

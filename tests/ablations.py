@@ -1,6 +1,6 @@
 """Design choices taken back, and regularisers to try: train.py with one thing changed, everything else alike.
 
-    python tests/ablations.py mel-kept --out out/mel-kept    the transposed view hears its mel
+    python tests/ablations.py mel-kept --out out/mel-kept    the transposed view keeps its mel
     python tests/ablations.py plain-init                     ordinary random weights instead of equivariant at birth
     python tests/ablations.py jitter                         each view through an equaliser and at a level of its own
     python tests/ablations.py mixing                         half of the pieces have another one in the background
@@ -35,23 +35,23 @@ def plain_init():
 
 
 def change_frames(change):
-    """Let `change(frames in [0, 1], rng)` at the frames (views, batch, kept, 224) of every batch, before they are cropped."""
+    """Frames (views, batch, kept, 224) in [0, 1] pass through change(frames, rng) before they are cropped."""
     plain = data.training_views
 
     def views(frames, crops):
-        rng = np.random.default_rng(frames[0, 0, 0].cpu().numpy())         # drawn from the batch: a resumed run draws the same
+        rng = np.random.default_rng(frames[0, 0, 0].cpu().numpy())         # of the batch: equal in a resumed run
         return plain(change(frames.float() / 255, rng).clamp(0, 1) * 255, crops)
     data.training_views = views
 
 
 def jitter(frames, rng):
-    """A smooth curve over frequency (cosines of 4, 3, 2 and 2 dB) and a level within 6 dB, another for each view; silence stays."""
-    mel = data.Mel().filters.argmax(dim=1).numpy() * data.SAMPLE_RATE / data.N_FFT  # (128,) Hz, where each band hears most
-    place = np.concatenate([np.arange(data.N_BINS) / data.BINS_PER_OCTAVE, np.log2(np.maximum(mel, data.FMIN) / data.FMIN)]) / 8  # 0..1 over 8 octaves
+    """For each view a smooth curve over frequency (cosines of 4, 3, 2, 2 dB) and a level within 6 dB; silence stays."""
+    mel = data.Mel().filters.argmax(dim=1).numpy() * data.SAMPLE_RATE / data.N_FFT   # (128,) Hz, the peak of each band
+    place = np.append(np.arange(data.N_BINS) / 12, np.log2(np.maximum(mel, data.FMIN) / data.FMIN)) / 8  # 8 octaves
     shape, waves = frames.shape[:2], np.arange(1, 5)[:, None]
     size, phase = rng.normal(0, [4, 3, 2, 2], (*shape, 4)), rng.uniform(0, 2 * np.pi, (*shape, 4))
-    decibels = (size[..., None] * np.cos(np.pi * waves * place + phase[..., None])).sum(axis=2) + rng.uniform(-6, 6, (*shape, 1))
-    curve = torch.from_numpy(decibels / data.DYNAMIC_RANGE).float()        # (views, batch, 224)
+    decibels = (size[..., None] * np.cos(np.pi * waves * place + phase[..., None])).sum(axis=2)
+    curve = torch.from_numpy((decibels + rng.uniform(-6, 6, (*shape, 1))) / data.DYNAMIC_RANGE).float()
     return torch.where(frames > 0, frames + curve[:, :, None], frames)
 
 

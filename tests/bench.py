@@ -7,11 +7,13 @@ import io
 import json
 import math
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from itertools import count
 from pathlib import Path
 from unittest import mock
@@ -26,7 +28,7 @@ import losses  # noqa: E402
 import probe  # noqa: E402
 import train as training  # noqa: E402
 from model import MT2, pick_amp  # noqa: E402
-from train import PRESETS, training_losses  # noqa: E402
+from train import PRESETS  # noqa: E402
 
 
 def seconds(function, repeats=3):
@@ -47,16 +49,16 @@ def dense_cqt(wave):
     window = torch.ones(2 * (kernel.shape[1] - 1))
 
     def transform():
-        return (kernel @ torch.stft(wave, len(window), data.HOP, window=window, pad_mode="constant", return_complex=True)).abs()
+        spectrum = torch.stft(wave, len(window), data.HOP, window=window, pad_mode="constant", return_complex=True)
+        return (kernel @ spectrum).abs()
     return transform
 
 
 def operations():
-    """Million floating-point operations per second of audio: 5/2 n log2 n for a real FFT, 8 for a complex product and sum, 2 for a real one."""
-    fft, rate = lambda n: 2.5 * n * math.log2(n), data.SAMPLE_RATE / data.HOP
-    small, taps = data.CQT().n_fft, data.half_band_matrix().shape[-1]
-    halvings = sum(data.SAMPLE_RATE / 2 ** octave * taps * 2 for octave in range(1, 8))
-    return {"CQT (octaves)": (halvings + rate * 8 * (fft(small) + 12 * (small // 2 + 1) * 8)) / 1e6,
+    """Million operations a second of audio: 5/2 n log2 n for a real FFT, 8 or 2 for a complex or real multiply-add."""
+    fft, rate, small = lambda n: 2.5 * n * math.log2(n), data.SAMPLE_RATE / data.HOP, data.CQT().n_fft
+    octaves = sum(fft(60 * data.SAMPLE_RATE / 2 ** octave) / 60 for octave in range(8))  # one forward, seven inverse
+    return {"CQT (octaves)": (octaves + rate * 8 * (fft(small) + 12 * (small // 2 + 1) * 8)) / 1e6,
             "CQT (one dense kernel)": rate * (fft(16384) + data.N_BINS * 8193 * 8) / 1e6,
             "mel": rate * (fft(data.N_FFT) + (data.N_FFT // 2 + 1) * (3 + 2 * data.N_MELS)) / 1e6}
 
@@ -65,19 +67,16 @@ def other_libraries():
     """{name: wave -> function}: the same two transforms by librosa and nnAudio, where they happen to be installed."""
     sizes, found = dict(sr=data.SAMPLE_RATE, hop_length=data.HOP), {}
     bins = dict(fmin=data.FMIN, n_bins=data.N_BINS, bins_per_octave=data.BINS_PER_OCTAVE)
-    try:
+    with contextlib.suppress(ImportError):
         import librosa
         found["CQT of librosa"] = lambda w: lambda: librosa.cqt(w.numpy(), **sizes, **bins)
-        found["mel of librosa"] = lambda w: lambda: librosa.feature.melspectrogram(y=w.numpy(), n_fft=data.N_FFT, n_mels=data.N_MELS, **sizes)
-    except ImportError:
-        print("librosa: not installed, skipped")
-    try:
+        mel = partial(librosa.feature.melspectrogram, n_fft=data.N_FFT, n_mels=data.N_MELS, **sizes)
+        found["mel of librosa"] = lambda w: lambda: mel(y=w.numpy())
+    with contextlib.suppress(ImportError):
         from nnAudio import features
-        for name, module in (("CQT of nnAudio", features.CQT2010v2(**sizes, **bins, verbose=False)),
-                             ("mel of nnAudio", features.MelSpectrogram(n_fft=data.N_FFT, n_mels=data.N_MELS, **sizes, verbose=False))):
-            found[name] = lambda w, module=module: lambda: module(w)
-    except ImportError:
-        print("nnAudio: not installed, skipped")
+        cqt = features.CQT2010v2(**sizes, **bins, verbose=False)
+        mel_bands = features.MelSpectrogram(n_fft=data.N_FFT, n_mels=data.N_MELS, **sizes, verbose=False)
+        found |= {"CQT of nnAudio": lambda w: lambda: cqt(w), "mel of nnAudio": lambda w: lambda: mel_bands(w)}
     return found
 
 
@@ -85,14 +84,13 @@ def front_ends():
     """Both spectrograms beside a dense CQT and other libraries, in seconds of audio a second."""
     print(f"{'seconds of audio per second':34}{'16 clips of 4 s':>18}{'one of 10 min':>18}")
     waves = [torch.randn(16, 64000) * 0.1, torch.randn(1, 600 * data.SAMPLE_RATE) * 0.1]
-    cqt, mel = data.CQT(), data.Mel()
-    rates, cost = {}, operations()
+    cqt, mel, rates, cost = data.CQT(), data.Mel(), {}, operations()
     with torch.inference_mode():
-        for name, make in {"CQT (octaves)": lambda w: lambda: cqt(w), "CQT (one dense kernel)": dense_cqt, "mel": lambda w: lambda: mel(w),
-                           **other_libraries()}.items():
+        for name, make in {"CQT (octaves)": lambda w: lambda: cqt(w), "CQT (one dense kernel)": dense_cqt,
+                           "mel": lambda w: lambda: mel(w), **other_libraries()}.items():
             rates[name] = [w.numel() / data.SAMPLE_RATE / seconds(make(w)) for w in waves]
-            formula = f"   {cost[name]:.1f} million operations" if name in cost else ""
-            print(f"{name:34}{rates[name][0]:18.0f}{rates[name][1]:18.0f}   {1e6 / rates[name][1]:.0f} us{formula} a second of audio")
+            formula = f"   {cost[name]:.1f} million operations a second" if name in cost else ""
+            print(f"{name:34}{rates[name][0]:18.0f}{rates[name][1]:18.0f}{formula}")
         ratio = [a / b for a, b in zip(rates["CQT (octaves)"], rates["CQT (one dense kernel)"])]
         print(f"{'octaves : dense':34}{ratio[0]:17.1f}x{ratio[1]:17.1f}x\n")
 
@@ -130,8 +128,14 @@ def preparation():
     print(f"  python data.py, 16 of them on all cores: {together:.0f} x real time")
 
 
+def describe(folder, paths, frames):
+    lines = [json.dumps(dict(path=str(path), frames=frames)) + "\n" for path in paths]
+    (folder / "index.jsonl").write_text("".join(lines))
+    (folder / "store.json").write_text(json.dumps(dict(data.settings_of([]), tracks=len(paths))))
+
+
 def scale():
-    """What a large collection costs: opening and drawing from 1 GB and 50 GB, preparing many files, preparing a long one."""
+    """A large collection: opening and drawing from 1 GB and 50 GB, preparing many files, preparing a long one."""
     print("\nscale: frame stores of empty frames (a sparse file), 223 frames a track, batches of 128 x 3 segments")
     for tracks in (20_000, 1_000_000):
         with tempfile.TemporaryDirectory() as folder:
@@ -141,8 +145,7 @@ def scale():
             if (folder / "frames.bin").stat().st_blocks * 512 > size // 2:
                 print("  this file system has no sparse files: skipped")
                 return
-            (folder / "index.jsonl").write_text("".join(f'{{"path": "music/an artist/an album/{i:07d} a title.flac", "frames": 223}}\n' for i in range(tracks)))
-            (folder / "store.json").write_text(json.dumps(data.settings_of([])))
+            describe(folder, [f"music/an artist/an album/{i:07d} a title.flac" for i in range(tracks)], 223)
             start = time.perf_counter()
             store = data.FrameStore(folder)
             opened = time.perf_counter()
@@ -150,55 +153,57 @@ def scale():
             cut = time.perf_counter()
             for step in range(20):
                 segments.batch(0, step, 3, 0.75)
-            print(f"  {size / 1e9:5.0f} GB, {tracks:7} tracks: index {(folder / 'index.jsonl').stat().st_size / 1e6:.0f} MB, open {opened - start:.2f} s, "
-                  f"segments {cut - opened:.2f} s, a batch {(time.perf_counter() - cut) / 20 * 1e3:.1f} ms")
-    with tempfile.TemporaryDirectory() as folder, mock.patch("data.audio_to_frames", lambda blocks, front_end: np.zeros((9, data.COLUMNS), np.uint8)):
+            print(f"  {size / 1e9:5.0f} GB, {tracks:7} tracks: open {opened - start:.2f} s, segments "
+                  f"{cut - opened:.2f} s, a batch {(time.perf_counter() - cut) / 20 * 1e3:.1f} ms")
+    empty = lambda blocks, front_end: np.zeros((9, data.COLUMNS), np.uint8)
+    with tempfile.TemporaryDirectory() as folder, mock.patch("data.audio_to_frames", empty):
         for files in (10_000, 100_000):
             sources = [(f"music/{i:06d}.flac", list) for i in range(files)]
-            start = time.perf_counter()
-            quietly(data.prepare, sources, f"{folder}/{files}", data.settings_of([name for name, _ in sources]), "")
-            print(f"  preparing {files:6} files of no length: {(time.perf_counter() - start) / files * 1e6:.0f} us a file")
+            settings, start = data.settings_of([name for name, _ in sources]), time.perf_counter()
+            quietly(data.prepare, sources, f"{folder}/{files}", settings, "")
+            print(f"  preparing {files:6} empty files: {(time.perf_counter() - start) / files * 1e6:.0f} us a file")
     with tempfile.TemporaryDirectory() as folder:
         block = np.tile(data.render(data.compose(0)), 5)[:120 * data.SAMPLE_RATE]
         # VmHWM is the process's own; ru_maxrss would begin with that of this one.
-        told = "import data, sys; data.prepare_folders(sys.argv[1:2], sys.argv[2]); print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+        code = ("import data, sys; data.prepare_folders(sys.argv[1:2], sys.argv[2]); "
+                "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
         for minutes in (2, 20, 180) if Path("/proc/self/status").exists() else ():
             music = Path(folder) / f"{minutes}"
             music.mkdir()
             with sf.SoundFile(music / "long.wav", "w", data.SAMPLE_RATE, 1) as file:
                 for _ in range(minutes // 2):
                     file.write(block)
-            child = subprocess.run([sys.executable, "-c", told, music, music / "store"], cwd=Path(data.__file__).parent, check=True, capture_output=True, text=True)
+            child = subprocess.run([sys.executable, "-c", code, music, music / "store"], cwd=Path(data.__file__).parent,
+                                   check=True, capture_output=True, text=True)
             print(f"  preparing one file of {minutes:3} minutes: {int(child.stdout.split()[-1]) / 1024:.0f} MB at most")
 
 
 def features():
     """Prepared frames through the network."""
     print(f"\nprobe features of prepared frames, {torch.get_num_threads()} threads")
-    frames = [np.random.default_rng(0).integers(0, 255, (60 * 31, data.COLUMNS), dtype=np.uint8) for _ in range(10)]
+    frames = [np.random.default_rng(0).integers(0, 255, (1875, data.COLUMNS), dtype=np.uint8)] * 10  # a minute each
     for preset in ("small", "mt2"):
         network = MT2(**{k: PRESETS[preset][k] for k in ("dim", "depth", "heads")}).eval()
-        print(f"  {preset:12}{sum(map(len, frames)) * probe.FRAME_SECONDS / seconds(lambda: probe.extract(network, frames, 'cpu')):8.0f} x real time")
+        taken = seconds(lambda: probe.extract(network, frames, "cpu"))
+        print(f"  {preset:12}{60 * len(frames) / taken:8.0f} x real time")
 
 
 def random_store(folder, hours):
     """A frame store of noise: tracks of four minutes."""
     tracks = int(hours * 15)
-    frames = np.random.default_rng(0).integers(0, 256, (tracks * 7500, data.COLUMNS), dtype=np.uint8)
-    frames.tofile(folder / "frames.bin")
-    (folder / "index.jsonl").write_text("".join(json.dumps(dict(path=str(i), frames=7500)) + "\n" for i in range(tracks)))
-    (folder / "store.json").write_text(json.dumps(data.front_end_settings()))
+    np.random.default_rng(0).integers(0, 256, (tracks * 7500, data.COLUMNS), np.uint8).tofile(folder / "frames.bin")
+    describe(folder, range(tracks), 7500)
     return data.FrameStore(folder)
 
 
 class Plain(torch.nn.Module):
-    """A yardstick for the training step: fp32, PyTorch's encoder, masked frames replaced by a vector instead of left out."""
+    """A yardstick for the training step: fp32, PyTorch's encoder, masked frames replaced by a vector, not dropped."""
 
     def __init__(self, dim, depth, heads):
         super().__init__()
         self.tokeniser = torch.nn.Linear(data.CROP_BINS + data.N_MELS, dim)
-        self.positions, self.classes = torch.nn.Parameter(torch.randn(data.SEGMENT, dim)), torch.nn.Parameter(torch.randn(2, dim))
-        self.masked = torch.nn.Parameter(torch.randn(dim))
+        random = lambda *shape: torch.nn.Parameter(torch.randn(shape))
+        self.positions, self.classes, self.masked = random(data.SEGMENT, dim), random(2, dim), random(dim)
         layer = torch.nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
         self.encoder = torch.nn.TransformerEncoder(layer, depth, torch.nn.LayerNorm(dim), enable_nested_tensor=False)
         self.key, self.style = losses.CPSD(dim), losses.NTXent(dim)
@@ -206,14 +211,12 @@ class Plain(torch.nn.Module):
     def forward(self, segments, step, mask):
         batch = segments.batch(0, step)                                     # whole segments
         frames, crops = batch["frames"], batch["crops"]
-        views = []
-        for frame, crop in zip(frames.flatten(0, 1), crops.flatten()):     # item by item
-            cqt = frame[:, crop:crop + data.CROP_BINS].float() / 255
-            views.append(torch.cat([cqt, frame[:, data.N_BINS:].float() / 255], dim=1))
-        x = self.tokeniser(torch.stack(views))                             # (views * batch, frames, dim)
+        views = [torch.cat([frame[:, crop:crop + data.CROP_BINS], frame[:, data.N_BINS:]], dim=1)
+                 for frame, crop in zip(frames.flatten(0, 1), crops.flatten())]
+        x = self.tokeniser(torch.stack(views).float() / 255)               # (views * batch, frames, dim)
         x = torch.where(torch.rand(x.shape[:2])[..., None] < mask, self.masked, x) + self.positions
         x = self.encoder(torch.cat([self.classes.expand(len(x), -1, -1), x], dim=1))[:, :2].unflatten(0, (3, -1))
-        batch = dict(shifts=-crops)
+        batch["shifts"] = -crops
         return self.key(x[:, :, 0], batch)[0] + self.style(x[:2, :, 1], batch)[0]
 
 
@@ -248,12 +251,12 @@ def our_step(network, segments, mask, device, compiled=False):
 
 def training_step():
     """A training step of the preset small on the processor beside a plain one; of mt2 on a GPU, where there is one."""
-    size = lambda preset: {k: PRESETS[preset][k] for k in ("dim", "depth", "heads")}
+    size, cpu = lambda preset: {k: PRESETS[preset][k] for k in ("dim", "depth", "heads")}, torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         segments = data.Segments([random_store(Path(folder), 2)], 128)
         network, plain = MT2(**size("small")), Plain(**size("small"))
         mask, optimizer = PRESETS["small"]["mask"], torch.optim.AdamW(plain.parameters())
-        train_one, batch = our_step(network, segments, mask, torch.device("cpu"))
+        train_one, batch = our_step(network, segments, mask, cpu)
 
         def train_plain(step):
             optimizer.zero_grad()
@@ -261,18 +264,17 @@ def training_step():
             torch.nn.utils.clip_grad_norm_(plain.parameters(), 3.0)
             optimizer.step()
 
-        ours, theirs, views = (seconds(lambda: function(next(steps))) for function, steps in
-                               ((train_one, count()), (train_plain, count()), (batch, count())))
-        by_mask = {share: seconds(lambda: one(next(steps))) for share in (0.0, 0.5, 0.75, 0.9)
-                   for (one, _), steps in [(our_step(network, segments, share, torch.device("cpu")), count())]}
-    print(f"\ntraining step, preset small, 3 views of 128, mask {mask}, {pick_amp(torch.device('cpu'))[1]}")
-    print(f"  ours {1000 * ours:.0f} ms, plain {1000 * theirs:.0f} ms: {theirs / ours:.1f} x; batch and views {100 * views / ours:.1f} % of ours")
+        timed = lambda function: seconds(lambda steps=count(): function(next(steps)))
+        ours, theirs, views = map(timed, (train_one, train_plain, batch))
+        by_mask = {share: timed(our_step(network, segments, share, cpu)[0]) for share in (0.0, 0.5, 0.75, 0.9)}
+    print(f"\ntraining step, preset small, 3 views of 128, mask {mask}, {pick_amp(cpu)[1]}")
+    print(f"  ours {1000 * ours:.0f} ms, plain {1000 * theirs:.0f} ms: {theirs / ours:.1f} x; "
+          f"batch and views {100 * views / ours:.1f} % of ours")
     print("  by mask: " + ", ".join(f"{share} {3 * 128 / taken:.0f} clips/s" for share, taken in by_mask.items()))
 
     print("training step on a GPU, preset mt2, bf16, torch.compile")
     if not torch.cuda.is_available():
-        print("  no GPU: skipped")
-        return
+        return print("  no GPU: skipped")
     device = torch.device("cuda", torch.cuda.current_device())
     peak = next((p for name, p in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), float("nan"))
     front_end, wave = data.FrontEnd().to(device), 0.1 * torch.randn(3 * 128, 64000, device=device)
@@ -289,49 +291,47 @@ def training_step():
                     function(next(steps))
                 torch.cuda.synchronize()
             step, views = seconds(lambda: some(train_one)) / 20, seconds(lambda: some(batch)) / 20
-            heard = seconds(torch.inference_mode()(lambda: some(lambda _: front_end(wave)))) / 20 * size_of_batch / 128
-            flops = step_flops(network, size_of_batch, mask, 3)
-            print(f"  batch {size_of_batch}, mask {mask}: {1 / step:.1f} steps/s, MFU {100 * flops / step / peak:.1f} %, "
-                  f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, batch and views take {100 * views / step:.0f} % of that time; "
-                  f"had they come as audio, their front end would take {100 * heard / step:.0f} %")
+            front = seconds(torch.inference_mode()(lambda: some(lambda _: front_end(wave)))) / 20 * size_of_batch / 128
+            used = step_flops(network, size_of_batch, mask, 3) / step / peak
+            memory = torch.cuda.max_memory_allocated() / 2 ** 30
+            print(f"  batch {size_of_batch}, mask {mask}: {1 / step:.1f} steps/s, MFU {100 * used:.1f} %, "
+                  f"{memory:.1f} GiB; batch and views take {100 * views / step:.0f} % of that time, "
+                  f"the front end of as much audio would take {100 * front / step:.0f} %")
 
 
 def grid():
-    """The grid of probes, and what training many at once is worth."""
+    """The grid search of one row."""
     print("\n216-point grid, 443 + 197 tracks, 960 dimensions, 10 classes")
-    generator = torch.Generator().manual_seed(0)
-    y = torch.arange(640) % 10
+    y, generator = torch.arange(640) % 10, torch.Generator().manual_seed(0)
     x = torch.randn(10, 960, generator=generator)[y] + 4 * torch.randn(640, 960, generator=generator)
-    train, valid, owner = np.arange(443), np.arange(443, 640), np.arange(640)
-    score = lambda outputs, tracks: probe.accuracy(outputs.numpy(), y[tracks].numpy())
+    target = probe.Classes(y.tolist(), probe.Items({}, np.arange(640), np.zeros(640)))
     start = time.perf_counter()
-    probe.choose(x, owner, y, "class", train, valid, score)
-    print(f"  whole grid  {time.perf_counter() - start:8.1f} s")
-    for name, some in (("linear", [c for c in probe.GRID if not c["hidden"] and c["batch"] == 64][::3]),
-                       ("512 units", [c for c in probe.GRID if c["hidden"] and c["batch"] == 64][::3])):
-        runs = [dict(c, seed=0, train=train, valid=valid) for c in some]
-        fit = lambda chosen: probe.fit(x, owner, y, "class", chosen, score, steps=64, every=8, patience=99)
-        together, alone = seconds(lambda: fit(runs), 1), seconds(lambda: [fit([run]) for run in runs], 1)
-        print(f"  {name:12}{len(runs)} configurations, 64 steps: together {together:.2f} s, one by one {alone:.2f} s: {alone / together:.1f} x")
+    chosen = probe.choose(x, target, np.arange(443), np.arange(443, 640))
+    print(f"  {time.perf_counter() - start:.1f} s; chosen: {probe.text_of(chosen)}")
 
 
 def learn():
-    """Does every token alone learn the embedded songs in 400 steps? Its held-out score beside raw and the best untrained row."""
-    root = Path(__file__).resolve().parent.parent
+    """Does every token alone learn the embedded songs in 400 steps? Its score beside raw and the best untrained row."""
+    script = Path(__file__).resolve().parent.parent / "train.py"
     for token in losses.PRETEXT:
-        column = "retrieval" if losses.PRETEXT[token](8).branch == "mel" else "key @64"
+        column = "retrieval" if losses.PRETEXT[token](8).branch == "mel" else "key weighted @12.5 %"
         with tempfile.TemporaryDirectory() as out:
-            subprocess.run([sys.executable, root / "train.py", "--tokens", token, "--steps", "400", "--out", out], check=True, capture_output=True)
-            rows = {name: row[column]["mean"] for name, row in json.loads((Path(out) / "probe-synth.json").read_text())["rows"].items()}
+            flags = ["--tokens", token, "--steps", "400", "--out", out]
+            subprocess.run([sys.executable, script, *flags], check=True, capture_output=True)
+            table = json.loads((Path(out) / "probe-synth.json").read_text())["rows"]
+        rows = {name: 100 * row[column]["mean"] for name, row in table.items() if column in row}
         untrained = max(value for name, value in rows.items() if name.startswith("untrained"))
         verdict = "learnt" if rows[token] > max(rows["raw"], untrained) else "NOT LEARNT"
-        print(f"{token:8} {column:10} {100 * rows[token]:5.1f}   raw {100 * rows['raw']:.1f}   best untrained row {100 * untrained:.1f}   {verdict}", flush=True)
+        print(f"{token:8} {column:20} {rows[token]:5.1f}   raw {rows['raw']:.1f}   untrained {untrained:.1f}   "
+              f"{verdict}", flush=True)
 
 
 def main():
     if sys.argv[1:] == ["learn"]:
         return learn()
-    processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?") if Path("/proc/cpuinfo").exists() else platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    processor = next(iter(found), platform.processor())
     print(f"torch {torch.__version__}, numpy {np.__version__}, {processor}, {torch.get_num_threads()} threads\n")
     for part in (front_ends, preparation, scale, features, training_step, grid):
         part()

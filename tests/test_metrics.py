@@ -10,6 +10,16 @@ from data import InputError
 from probe import ALL_KEYS, FRAME_SECONDS, KEY_SCORES, parse_chord, parse_key
 
 
+def one_hot(classes, count):
+    return np.eye(count)[classes]
+
+
+def target(kind, labels, frames=1):
+    """A target of `frames` items a track, one every 32 ms."""
+    owner, time = np.repeat(np.arange(len(labels)), frames), np.tile(np.arange(frames) * FRAME_SECONDS, len(labels))
+    return probe.TARGETS[kind](labels, probe.Items({}, owner, time))
+
+
 # ---------------------------------------------------------------- keys
 
 
@@ -95,7 +105,7 @@ def test_scale_degrees(degree, expected):
     ("rwc.csv", "t_start;t_end;chord\n0.0;1.5;C:maj(9)\n1.5;2.25;E:min\n2.25;3.0;N\n")])
 def test_chord_files_of_every_kind(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode())
-    assert probe.read_intervals(tmp_path / name) == [(0.0, 1.5, 0), (1.5, 2.25, 16), (2.25, 3.0, 24)]
+    assert probe.read_chord_intervals(tmp_path / name) == [(0.0, 1.5, 0), (1.5, 2.25, 16), (2.25, 3.0, 24)]
 
 
 @pytest.mark.parametrize("name, content", [("a.lab", b"zero one C\n"), ("a.csv", b"start;end;majmin\n0;x;C\n"), ("b.csv", b"start,end,majmin\n0,1,C\n"),
@@ -103,46 +113,42 @@ def test_chord_files_of_every_kind(tmp_path, name, text):
 def test_files_that_hold_no_chords_are_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=name):
-        probe.read_intervals(tmp_path / name)
+        probe.read_chord_intervals(tmp_path / name)
 
 
 def test_a_boundary_belongs_to_the_chord_that_starts_there(tmp_path):
     """Frames at 0, 32, 64 ... ms. Boundaries on frames 1, 3 and 8 and between 5 and 6; gaps, and frames after the end, are -1."""
     path = tmp_path / "song.lab"
     path.write_text("0.032 0.096 C\n0.096 0.170 D:min\n0.192 0.220 E:sus4\n0.220 0.256 N\n0.280 0.300 G\n")
-    assert probe.frame_labels("chords", path, 11).tolist() == [-1, 0, 0, 14, 14, 14, -1, 24, -1, 7, -1]
+    assert target("chords", [path], 11).y.tolist() == [-1, 0, 0, 14, 14, 14, -1, 24, -1, 7, -1]
 
 
 @pytest.mark.parametrize("text", ["1.5 2\n0.25 1\n10 3\n", "1.5\t2\n0.25\t1\n\n10\t3", "0.25\n1.5\n10.0\n\n", "  0.25   1\r\n1.5 x\r\n1e1 3\r\n"])
 def test_beat_files_of_every_kind(tmp_path, text):
     (tmp_path / "a.beats").write_text(text)
-    assert probe.read_times(tmp_path / "a.beats").tolist() == [0.25, 1.5, 10.0]
+    assert probe.read_beat_times(tmp_path / "a.beats").tolist() == [0.25, 1.5, 10.0]
 
 
 def test_files_that_hold_no_beats(tmp_path):
     (tmp_path / "a.beats").write_text("")
-    assert len(probe.read_times(tmp_path / "a.beats")) == 0
+    assert len(probe.read_beat_times(tmp_path / "a.beats")) == 0
     (tmp_path / "a.beats").write_text("bar one\n")
     with pytest.raises(InputError, match="a.beats"):
-        probe.read_times(tmp_path / "a.beats")
+        probe.read_beat_times(tmp_path / "a.beats")
 
 
 def test_frames_of_beats(tmp_path):
     """Beats on frames 10, 20, 30 of 60, one beyond the end: frames 0 .. 40 are learnt from, a beat is three frames wide."""
     path = tmp_path / "a.beats"
     path.write_text("".join(f"{frame * FRAME_SECONDS:.3f} 1\n" for frame in (10, 20, 30, 90)))
-    labels = probe.frame_labels("beats", path, 60)
+    labels = target("beats", [path], 60).y[:, 0].numpy()
     assert np.flatnonzero(labels == 1).tolist() == [9, 10, 11, 19, 20, 21, 29, 30, 31]
     assert (labels[[*range(1, 9), *range(12, 19), *range(22, 29), *range(32, 40)]] == 0).all() and (labels[41:] == -1).all()
     path.write_text("0.1\n")
-    assert (probe.frame_labels("beats", path, 9) == -1).all()
+    assert (target("beats", [path], 9).y == -1).all()
 
 
 # ---------------------------------------------------------------- key scores
-
-
-def one_hot(classes, count):
-    return np.eye(count)[classes]
 
 
 @pytest.mark.parametrize("true, estimated, up, both", [
@@ -150,7 +156,7 @@ def one_hot(classes, count):
     ("Am", "C", 0.3, 0.3), ("Am", "Am", 1, 1), ("Am", "Em", 0.5, 0.5), ("Am", "Dm", 0, 0.5), ("Am", "A", 0.2, 0.2), ("Am", "F#", 0, 0), ("B", "F#", 0.5, 0.5)])
 def test_key_score(true, estimated, up, both):
     true, estimated = parse_key(true), parse_key(estimated)
-    metrics = probe.metrics_of("key", ALL_KEYS)
+    metrics = probe.Keys.metrics
     outputs, truth = one_hot([estimated], 24), np.array([true])
     assert list(metrics)[:2] == ["weighted", "weighted (both)"]
     assert metrics["weighted"](outputs, truth) == up and metrics["weighted (both)"](outputs, truth) == both
@@ -165,14 +171,14 @@ def test_swapping_truth_and_estimate_changes_the_ascending_score_only():
 
 def test_key_score_is_the_mean_over_tracks():
     truth, estimate = np.array([0, 0, 0, 21]), np.array([0, 7, 5, 0])
-    metrics = probe.metrics_of("key", ALL_KEYS)
+    metrics = probe.Keys.metrics
     assert metrics["weighted"](one_hot(estimate, 24), truth) == pytest.approx(1.8 / 4)
     assert metrics["weighted (both)"](one_hot(estimate, 24), truth) == pytest.approx(2.3 / 4)
     assert metrics["KSEA"](one_hot(estimate, 24), truth) == pytest.approx(3 / 4)                    # A minor has C's signature
 
 
 def test_ksea():
-    ksea = probe.metrics_of("key", ALL_KEYS)["KSEA"]
+    ksea = probe.Keys.metrics["KSEA"]
     assert ksea(one_hot([0, 7, 5, 2, 6], 24), np.zeros(5, int)) == pytest.approx(2 / 5)
     assert ksea(one_hot([3], 24), np.array([8])) == 0.5 == ksea(one_hot([8], 24), np.array([3]))
 
@@ -184,7 +190,7 @@ def test_accuracy_and_class_mean():
     outputs, truth = one_hot([0, 0, 0, 1, 2], 4), np.array([0, 0, 0, 0, 2])
     assert probe.accuracy(outputs, truth) == pytest.approx(4 / 5)
     assert probe.class_mean_accuracy(outputs, truth) == pytest.approx((3 / 4 + 1) / 2)              # class 1 and 3 do not occur
-    assert list(probe.metrics_of("class", "abcd")) == ["accuracy"] and set(probe.metrics_of("unbalanced", "abcd")) == {"accuracy", "class mean"}
+    assert list(probe.Classes.metrics) == ["accuracy"] and set(probe.Unbalanced.metrics) == {"accuracy", "class mean"}
 
 
 def slow_tag_scores(scores, truth):
@@ -222,7 +228,7 @@ def test_a_tag_with_one_class_is_nan_and_left_out_of_the_mean():
     truth = np.array([[1.0, 0, 1], [0, 0, 1], [1, 0, 1]])
     auc, precision = probe.tag_scores(outputs, truth)
     assert np.isnan(auc).tolist() == np.isnan(precision).tolist() == [False, True, True]
-    metrics = probe.metrics_of("tags", "abc")
+    metrics = probe.Tags.metrics
     assert metrics["ROC-AUC"](outputs, truth) == pytest.approx(1 / 2) and metrics["AP"](outputs, truth) == pytest.approx((1 + 2 / 3) / 2)
 
 
@@ -231,16 +237,17 @@ def test_r2_by_hand_with_the_mean_of_these_tracks():
     outputs = np.array([[1.0, 20], [2, 20], [4, 20]])
     np.testing.assert_allclose(probe.r2(outputs, truth), [1 - 1 / 2, 0])
     np.testing.assert_allclose(probe.r2(np.full((3, 2), 5.0), truth), [1 - (16 + 9 + 4) / 2, 1 - (25 + 225 + 625) / 200])  # a constant is worse than 0
-    metrics = probe.metrics_of("regression", ["arousal", "valence"])
+    metrics = target("regression", truth).metrics
     assert {name: metric(outputs, truth) for name, metric in metrics.items()} == pytest.approx({"R2 joint": 0.25, "R2 arousal": 0.5, "R2 valence": 0})
-    assert list(probe.metrics_of("regression", ["height"])) == ["R2 height"]
+    assert list(target("regression", [(1.0,), (2.0,)]).metrics) == ["R2"]
 
 
 @pytest.mark.parametrize("estimate, first, second", [(100, 1, 1), (104, 1, 1), (96, 1, 1), (104.01, 0, 0), (95.99, 0, 0), (200, 0, 1), (208, 0, 1), (208.1, 0, 0),
                                                      (50, 0, 1), (48, 0, 1), (47.9, 0, 0), (300, 0, 1), (311.9, 0, 1), (33.4, 0, 1), (400, 0, 0), (150, 0, 0)])
 def test_tempo_at_the_edge_of_four_percent(estimate, first, second):
-    metrics = probe.metrics_of("tempo", [estimate, 100.0])
-    outputs, truth = one_hot([0], 2), np.array([1])
+    tempo = target("tempo", [estimate, 100.0])
+    metrics, index = tempo.metrics, tempo.names.index
+    outputs, truth = one_hot([index(estimate)], len(tempo.names)), np.array([index(100.0)])
     assert (metrics["ACC1"](outputs, truth), metrics["ACC2"](outputs, truth)) == (first, second)
 
 
@@ -276,35 +283,35 @@ def test_beat_hits_is_the_largest_matching():
 def test_f_measure():
     counts = np.array([[3, 4, 5], [0, 0, 7], [0, 6, 0], [0, 0, 0], [2, 2, 2]])
     np.testing.assert_allclose(probe.f_measure(counts), [6 / 9, 0, 0, 0, 1])                        # P 3/4, R 3/5
-    metrics = probe.metrics_of("beats", None)
+    metrics = probe.Beats.metrics
     assert metrics["F"](counts, None) == pytest.approx((6 / 9 + 1) / 5) and metrics["F (pooled)"](counts, None) == pytest.approx(10 / (12 + 14))
 
 
 def test_chord_overlap_per_track_and_pooled():
     counts = np.array([[1, 2], [9, 9], [0, 4]])
-    metrics = probe.metrics_of("chords", None)
+    metrics = probe.Chords.metrics
     assert metrics["overlap"](counts, None) == pytest.approx(0.5) and metrics["overlap (pooled)"](counts, None) == pytest.approx(10 / 15)
 
 
 def test_a_track_without_a_scored_frame_does_not_lower_the_overlap():
-    assert probe.metrics_of("chords", None)["overlap"](np.array([[3, 4], [0, 0]]), None) == pytest.approx(0.75)
+    assert probe.Chords.metrics["overlap"](np.array([[3, 4], [0, 0]]), None) == pytest.approx(0.75)
 
 
 def test_pick_beats_finds_the_peaks_of_an_activation():
     activation = np.zeros(50)
     activation[[0, 12, 13, 30, 33, 49]] = [0.8, 0.9, 0.9, 0.9, 0.5, 0.7]                            # 12 and 13: a plateau; 33 is too close to 30
-    frames = lambda threshold: (probe.pick_beats(activation, threshold) / FRAME_SECONDS).round().astype(int).tolist()
+    frames = lambda threshold: (probe.pick_beats(activation, np.arange(50) * FRAME_SECONDS, threshold) / FRAME_SECONDS).round().astype(int).tolist()
     assert frames(0.1) == [0, 12, 30, 49]                                                           # smoothed: .6, .675, .45, .525
     assert frames(0.5) == [0, 12, 49] and frames(0.65) == [12] and frames(0.9) == []
-    assert len(probe.pick_beats(np.zeros(7), 0.05)) == 0
+    assert len(probe.pick_beats(np.zeros(7), np.arange(7), 0.05)) == 0
 
 
 def test_pick_beats_smooths_before_it_compares():
     """A lone spike of 0.8 is worth 0.4 after (1, 2, 1) / 4; three frames of 0.6 are worth 0.6."""
     activation = np.zeros(40)
     activation[10], activation[24:27] = 0.8, 0.6
-    assert probe.pick_beats(activation, 0.5) == pytest.approx([25 * FRAME_SECONDS])
-    assert probe.pick_beats(activation, 0.4) == pytest.approx([10 * FRAME_SECONDS, 25 * FRAME_SECONDS])
+    assert probe.pick_beats(activation, np.arange(40) * FRAME_SECONDS, 0.5) == pytest.approx([25 * FRAME_SECONDS])
+    assert probe.pick_beats(activation, np.arange(40) * FRAME_SECONDS, 0.4) == pytest.approx([10 * FRAME_SECONDS, 25 * FRAME_SECONDS])
 
 
 # ---------------------------------------------------------------- intervals, retrieval
@@ -346,11 +353,11 @@ def test_where_every_seed_has_its_own_test_set_all_are_used():
 
 @pytest.mark.filterwarnings("error")
 def test_draws_without_a_score_are_left_out():
-    """R2 of tracks that are all alike, and tags that nobody in the draw has."""
-    truth, metrics = np.array([[1.0], [1], [2]]), probe.metrics_of("regression", ["height"])
-    assert probe.interval(metrics["R2 height"], [truth], [truth], draws=50) == [1, 1]
-    assert np.isnan(probe.interval(metrics["R2 height"], [truth[:2]], [truth[:2]], draws=5)).all()
-    tags, metrics = np.array([[1.0, 0], [0, 0], [0, 0]]), probe.metrics_of("tags", "ab")
+    """R2 of tracks that are all alike, and tags that no drawn track has."""
+    truth, metrics = np.array([[1.0], [1], [2]]), target("regression", [(1.0,), (2.0,)]).metrics
+    assert probe.interval(metrics["R2"], [truth], [truth], draws=50) == [1, 1]
+    assert np.isnan(probe.interval(metrics["R2"], [truth[:2]], [truth[:2]], draws=5)).all()
+    tags, metrics = np.array([[1.0, 0], [0, 0], [0, 0]]), probe.Tags.metrics
     assert probe.interval(metrics["ROC-AUC"], [tags], [tags], draws=50) == probe.interval(metrics["AP"], [tags], [tags], draws=50) == [1, 1]
     assert np.isnan(metrics["AP"](tags[1:], tags[1:]))
 

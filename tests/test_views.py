@@ -20,7 +20,7 @@ def make_store(folder, lengths, number=0):
     np.concatenate(rows).tofile(folder / "frames.bin")
     lines = [json.dumps(dict(path=f"track {i}", frames=length)) + "\n" for i, length in enumerate(lengths)]
     (folder / "index.jsonl").write_text("".join(lines))
-    (folder / "store.json").write_text(json.dumps(front_end_settings()))
+    (folder / "store.json").write_text(json.dumps(dict(front_end_settings(), tracks=1)))
     return FrameStore(folder)
 
 
