@@ -222,7 +222,7 @@ class CQT(nn.Module):
     same at half the sample rate. So: one FFT of the whole wave, and for every octave the wave at half the rate of the
     octave above, filtered by the same short kernel (12 x 128 taps) at half the hop (Schoerkhuber and Klapuri 2010).
 
-    Raises ValueError if n_bins is not whole octaves, hop cannot be halved that often, or the top filter crosses Nyquist.
+    Raises ValueError if n_bins is not whole octaves, hop cannot be halved that often, or a filter crosses Nyquist.
     """
 
     def __init__(self, sample_rate=SAMPLE_RATE, hop=HOP, fmin=FMIN, n_bins=N_BINS, bins_per_octave=BINS_PER_OCTAVE):
@@ -429,8 +429,8 @@ def find_audio(folders):
             if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
                 found[str(Path(name) / path.relative_to(folder))] = path
     if not found:
-        raise InputError(f"{', '.join(map(str, folders))}: no audio file ({' '.join(sorted(AUDIO_SUFFIXES))}) in there; "
-                         "give another folder")
+        raise InputError(f"{', '.join(map(str, folders))}: no audio file ({' '.join(sorted(AUDIO_SUFFIXES))}) "
+                         "in there; give another folder")
     return sorted(found.items())
 
 
@@ -583,11 +583,11 @@ def parse_key(text):
 def read_table(path, delimiter=","):
     """Rows of a CSV file with a header, [{column: cell}], cells stripped. Raises InputError."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, delimiter=delimiter)
-            return [{k.strip(): (v or "").strip() for k, v in row.items() if k} for row in rows]
-    except (OSError, UnicodeDecodeError, csv.Error):
-        raise InputError(f"{path}: is not a readable CSV file in UTF-8") from None
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+            stripped = lambda row: {k.strip(): (v or "").strip() for k, v in row.items() if k}
+            return [stripped(row) for row in csv.DictReader(file, delimiter=delimiter)]
+    except (OSError, csv.Error):
+        raise InputError(f"{path}: is not a readable CSV file") from None
 
 
 def read_labels(path, column, names):
@@ -657,8 +657,9 @@ class Segments:
         view 1  segment B   crop c     A, B do not overlap where the piece has room for two segments
         view 2  segment A   crop c'    mel zeroed (see training_views)
 
-    NT-Xent compares views 0 and 1, which share a crop: invariance to transposition would cost the trunk its pitch.
-    CPSD compares views 0 and 1 with view 2, whose crop differs. Each view keeps its own random frames.
+    NT-Xent compares views 0 and 1, which share a crop: invariance to transposition would cost the trunk its pitch. The
+    whole batch shares it, or NT-Xent would find its partners by the crop, read off mel against CQT. CPSD compares views
+    0 and 1 with view 2, which draws its own crop for each item. Each view keeps its own random frames.
     keys {path in a store: 0..23}: labels for the tasks that use some (`tone`). mix: shares in which the stores are
     drawn from; without it every piece is equally likely.
     Raises InputError when the stores hold no track of 4 s, or fewer pieces than the batch, or when mix does not fit.
@@ -678,7 +679,7 @@ class Segments:
             labels += [(keys or {}).get(store.paths[t], -1) for t in track]
             first_track += len(counts)
         self.sizes = np.array([len(p) for p in pieces])                               # (stores,) pieces of each
-        self.pieces = np.concatenate(pieces)                                          # (pieces, 3): start, length, track
+        self.pieces = np.concatenate(pieces)                                         # (pieces, 3): start, length, track
         self.keys = np.array(labels, dtype=np.int64)                                  # (pieces,)
         self.frames, self.device = None, torch.device("cpu")                          # on a device after to()
         total, short = len(self.pieces), sum(int((store.lengths < SEGMENT).sum()) for store in stores)
@@ -727,7 +728,7 @@ class Segments:
         start = np.where(room >= 0, apart, anywhere) + begin
         start = np.where(rng.random(self.batch_size) < 0.5, start, start[::-1])       # A is not always first
         start = start[[0, 1, 0]][:views]                                              # (views, batch)
-        crop = rng.integers(0, MAX_CROP + 1, self.batch_size)
+        crop = np.full(self.batch_size, rng.integers(0, MAX_CROP + 1))                # one a step, see the class
         other = (crop + rng.integers(1, MAX_CROP + 1, self.batch_size)) % (MAX_CROP + 1)   # uniform, never the same
         crops = np.stack([crop, crop, other])[:views]
         positions = kept_positions(rng, (views, self.batch_size), SEGMENT, mask)[:, share]  # (views, share, kept)
@@ -768,6 +769,9 @@ SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
 # Chords (scale degrees from 0) that may follow each chord; the diminished ones are left out.
 FOLLOWS = {"major": {0: (3, 4, 5, 1, 2), 1: (4, 4, 3), 2: (5, 3), 3: (4, 0, 1), 4: (0, 0, 5, 3), 5: (3, 1, 4, 2)},
            "minor": {0: (3, 5, 6, 2, 4), 2: (5, 6, 3), 3: (4, 0, 6), 4: (0, 0, 5), 5: (6, 2, 3, 4), 6: (0, 2, 5)}}
+# Modes on the same tonic: (degree that moves, by semitones, degree whose chord becomes diminished and is left out).
+MODES = {"major": {"mixolydian": (6, -1, 2), "lydian": (3, 1, 3)},
+         "minor": {"dorian": (5, 1, 5), "phrygian": (1, -1, 4)}}
 # Every loop holds a chord with the scale's most flat-ward note and one with its most sharp-ward note: without both, the
 # remaining notes fit two keys.
 EDGES = {"major": ({1, 3}, {2, 4}), "minor": ({3, 5}, {4, 6})}
@@ -777,10 +781,10 @@ SONG_SECONDS = 24
 SYNTH_SPLITS = {"train": range(0, 1024), "valid": range(1024, 1152), "test": range(1152, 1408)}
 
 
-def chord_loop(rng, mode, length):
+def chord_loop(rng, mode, length, left_out):
     """`length` degrees, each one that may follow the one before, drawn until both edges of the scale occur."""
     follows, loop = FOLLOWS[mode], []
-    while not all(edge & set(loop) for edge in EDGES[mode]):
+    while left_out in loop or not all(edge & set(loop) for edge in EDGES[mode]):
         loop = [0 if rng.random() < 0.7 else int(rng.choice(list(follows)))]
         while len(loop) < length:
             loop.append(int(rng.choice(follows[loop[-1]])))
@@ -830,29 +834,29 @@ def drum_hits(rng, dense, beats):
 def sound_settings(rng):
     """Everything of a song that is no note: levels, tuning, equaliser, room, distortion, noise."""
     return dict(colour=rng.uniform(0.7, 1.4, 5), levels=np.array([1.5, *rng.uniform(0.3, 0.6, 4)]),
-                drum_level=rng.uniform(0.2, 0.6), detune=float(np.clip(rng.normal(0, 0.1), -0.3, 0.3)),
+                drum_level=0.2 * 15 ** rng.random(), detune=float(np.clip(rng.normal(0, 0.1), -0.3, 0.3)),
                 noise_seed=int(rng.integers(2 ** 31)), loudness=rng.uniform(-30, -14), swell=rng.uniform(0, 0.4),
                 tilt=rng.uniform(-1.5, 1.5), peaks=[(rng.uniform(150, 5000), rng.uniform(-5, 5)) for _ in range(3)],
                 reverb=rng.uniform(0.1, 0.6) if rng.random() < 0.5 else 0.0,
-                drive=rng.uniform(1, 4) if rng.random() < 0.2 else 0.0, noise=rng.uniform(-70, -45))
+                drive=rng.uniform(1, 4) if rng.random() < 0.2 else 0.0, noise=rng.uniform(-70, -30))
 
 
-def compose(index, seed=0):
-    """The score and the labels of one synthetic song, a pure function of (seed, index).
-
-    Keys: tonic 0..11, mode, key (0..23), signature (tonic of the major key with the same notes), instrument (index into
-    TIMBRES of the melody), tempo (beats per minute), chords [(start, end, class)] in seconds, class = root + 12 * minor
-    or 24 for none, beats [s], notes [(start, duration, MIDI pitch, velocity, part)], drums [(time, kind)], timbres of
-    the parts, and sound_settings.
-    """
-    rng = np.random.default_rng([seed, index])
+def arrangement(rng):
+    """What a song is made from, drawn by rng: key, tempo, chord loops, instruments, styles. A dictionary."""
     tonic, mode = int(rng.integers(12)), ("major", "minor")[rng.integers(2)]
     tempo = float(70 * (160 / 70) ** rng.random())
-    beat, span = 60 / tempo, 2 if tempo < 110 else 4                      # span: beats a chord lasts, 1.5 to 2.2 s
-    spans = math.ceil(SONG_SECONDS / (span * beat))
+    span = 2 if tempo < 110 else 4                                        # beats a chord lasts: 1.5 to 2.2 s
+    spans = math.ceil(SONG_SECONDS / (span * 60 / tempo))
     harmonic_minor = rng.random() < 0.5
-    # Verse and chorus: each half has its own loop of chords, so that only the key is common to both.
-    loops = [chord_loop(rng, mode, length) for length in rng.choice([4, 4, 8], 2)]
+    # Verse and chorus: each half has its own loop of chords, so that only the key is common to both. In 60 % of songs
+    # one half is in another mode on the same tonic, as in rock and folk; the label stays.
+    scales, left_out = [list(SCALES[mode]), list(SCALES[mode])], [None, None]
+    if rng.random() < 0.6:
+        half = rng.integers(2)
+        degree, change, left_out[half] = MODES[mode][rng.choice(list(MODES[mode]))]
+        scales[half][degree] += change
+    lengths = rng.choice([4, 4, 8], 2)
+    loops = [chord_loop(rng, mode, length, degree) for length, degree in zip(lengths, left_out)]
     rest = int(rng.integers(1, spans)) if rng.random() < 0.3 else -1      # one span of drums alone: "no chord"
     # The melody keeps its instrument; chords and bass change theirs, as does the style of playing.
     timbres = tuple(int(t) for t in rng.permutation(len(TIMBRES))[:5])    # melody, then chords and bass of each half
@@ -860,21 +864,30 @@ def compose(index, seed=0):
                      drums=rng.random() < 0.6, dense=rng.uniform(0.5, 0.9)) for _ in range(2)]
     # Each part's range starts anywhere: a lowest note common to all songs would give away where a crop was cut.
     lowest = [int(low + rng.integers(12)) for low in (46, 46, 29)]        # melody, chords, bass (MIDI pitch)
+    return dict(tonic=tonic, mode=mode, key=tonic + 12 * (mode == "minor"), tempo=tempo, span=span, spans=spans,
+                signature=tonic if mode == "major" else (tonic + 3) % 12, instrument=timbres[0],
+                harmonic_minor=harmonic_minor, scales=scales, loops=loops, rest=rest, timbres=timbres,
+                sections=sections, lowest=lowest)
+
+
+def play(rng, song):
+    """The score of an arrangement: its notes, drums and chords as in compose."""
+    span, lowest, beat = song["span"], song["lowest"], 60 / song["tempo"]
     above = lambda low, pitch: low + (pitch - low) % 12
-    home, place = above(lowest[0], tonic), int(rng.integers(7, 14))
-    pitch_of = lambda degree: home + SCALES[mode][degree % 7] + 12 * (degree // 7)
+    home, place = above(lowest[0], song["tonic"]), int(rng.integers(7, 14))
     notes, drums, chords = [], [], []
-    for i in range(spans):
-        half, start = 2 * i // spans, span * beat * i
-        section = sections[half]
-        if section["drums"] or i == rest:
+    for i in range(song["spans"]):
+        half, start = 2 * i // song["spans"], span * beat * i
+        section, scale, loop = (song[name][half] for name in ("sections", "scales", "loops"))
+        pitch_of = lambda degree: home + scale[degree % 7] + 12 * (degree // 7)
+        if section["drums"] or i == song["rest"]:
             drums += [(start + b * beat, kind) for b, kind in drum_hits(rng, section["dense"], span)]
-        if i == rest:
+        if i == song["rest"]:
             chords.append((start, start + span * beat, 24))
             continue
-        degree = loops[half][i % len(loops[half])]
+        degree = loop[i % len(loop)]
         root, third, fifth = (pitch_of(degree + step) for step in (0, 2, 4))
-        if mode == "minor" and degree == 4 and harmonic_minor:
+        if song["mode"] == "minor" and degree == 4 and song["harmonic_minor"]:
             third += 1                                                    # the leading tone: V instead of v
         chords.append((start, start + span * beat, root % 12 + 12 * (third - root == 3)))
         triad = sorted(above(lowest[1], p) for p in (root, third, fifth))
@@ -883,10 +896,20 @@ def compose(index, seed=0):
         parts[0], place = melody_line(rng, place, pitch_of, triad, section["dense"], span)
         for part, line in parts.items():
             notes += [(start + b * beat, long * beat, p, velocity, part) for b, long, p, velocity in line]
-    key = tonic + 12 * (mode == "minor")
-    return dict(tonic=tonic, mode=mode, key=key, signature=tonic if mode == "major" else (tonic + 3) % 12,
-                instrument=timbres[0], tempo=tempo, chords=chords, beats=[b * beat for b in range(span * spans)],
-                notes=notes, drums=drums, timbres=timbres, **sound_settings(rng))
+    return dict(notes=notes, drums=drums, chords=chords, beats=[b * beat for b in range(span * song["spans"])])
+
+
+def compose(index, seed=0):
+    """The score and the labels of one synthetic song, a pure function of (seed, index).
+
+    Keys: tonic 0..11, mode, key (0..23), signature (tonic of the major key with the same notes), instrument (index into
+    TIMBRES of the melody), tempo (beats per minute), chords [(start, end, class)] in seconds, class = root + 12 * minor
+    or 24 for none, beats [s], notes [(start, duration, MIDI pitch, velocity, part)], drums [(time, kind)], and what
+    arrangement and sound_settings drew.
+    """
+    rng = np.random.default_rng([seed, index])
+    song = arrangement(rng)
+    return song | play(rng, song) | sound_settings(rng)
 
 
 def harmonic_tone(name, h, phase, t, colour):

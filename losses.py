@@ -1,6 +1,6 @@
 """Pretext tasks: what a class token is trained for, without labels. One class each, found by its name in PRETEXT.
 
-    key        cpsd, cpsd1 (STONE)    skey (S-KEY)    tone (Semi-TONE: with some labels)
+    key        cpsd, cpsd1 (STONE)    skey (S-KEY)    template (ours)    tone (Semi-TONE: with some labels)
     style      ntxent (SimCLR)    byol    cluster (DINO)    barlow (Barlow Twins)    vicreg
 
 First the losses as plain functions, all in float32, then the tasks. `train.py --tokens a,b,c` trains any set of them.
@@ -67,6 +67,32 @@ def cpsd(profiles, shifts, omega=7, pairs=None):
         cross_im = im[a] * re[b] - re[a] * im[b]                           # (batch,)
         total = total + ((turn.cos() - cross_re) ** 2 + (turn.sin() - cross_im) ** 2).mean()
     return total / len(pairs)
+
+
+# Share of each pitch class in pieces in C major and C minor (Albrecht and Shanahan 2013).
+KEY_PROFILES = {"major": (.238, .006, .111, .006, .137, .094, .016, .214, .009, .080, .008, .081),
+                "minor": (.220, .006, .104, .123, .019, .103, .012, .214, .062, .022, .061, .052)}
+
+
+@in_float32
+def template_keys(cqt):
+    """A key template: cqt (batch, frames, 84 or 96 bins from an A) in [0, 1] -> correlations (batch, 24).
+
+    Keep spectral peaks (bins not below their neighbours), whiten them (minus the mean over 13 bins, not below 0),
+    average over frames and octaves, the middle octaves weighted most, and correlate this chroma with the 24 rotated
+    profiles: major keys by their tonic, C = 0, then minor keys. No training and no labels. Its parts were chosen on
+    real recordings; log levels instead of magnitudes, peaks and whitening bring most over a plain chroma.
+    """
+    cqt = cqt.float()
+    peaks = cqt.where(cqt >= F.max_pool1d(cqt, 3, stride=1, padding=1), 0)                     # (batch, frames, bins)
+    white = (peaks - F.avg_pool1d(peaks, 13, 1, 6, count_include_pad=False)).clamp(min=0)
+    octaves = (torch.arange(cqt.shape[-1], device=cqt.device) - cqt.shape[-1] / 2) / 12        # from the middle
+    spectrum = white.mean(dim=1) * torch.exp(-(octaves / 2) ** 2 / 2)                          # (batch, bins)
+    chroma = spectrum.unflatten(-1, (-1, 12)).mean(dim=1).roll(9, dims=-1)                     # (batch, 12), C = 0
+    rows = [torch.tensor(profile).roll(tonic) for profile in KEY_PROFILES.values() for tonic in range(12)]
+    profiles = torch.stack(rows).to(cqt.device)                                                # (24, 12)
+    centred = lambda x: F.normalize(x - x.mean(dim=-1, keepdim=True), dim=-1)
+    return centred(chroma) @ centred(profiles).T
 
 
 # ---------------------------------------------------------------- timbre and style: invariance
@@ -238,7 +264,9 @@ class CPSD(Pretext):
         self.head, self.omegas = nn.Linear(dim, self.outputs), omegas
 
     def reset(self):
-        circulant_(self.head.weight.data.T).mul_(0.3)  # small initial logits: a saturated softmax has no gradient
+        signatures = self.head.weight.data[:12]
+        circulant_(signatures.T).mul_(0.3)  # small initial logits: a saturated softmax has no gradient
+        self.head.weight.data[-12:] = signatures  # of 24 keys, major and minor start equally likely
 
     def log_keys(self, token):
         """token (..., dim) -> log probabilities (..., outputs)."""
@@ -282,10 +310,6 @@ class SKey(CPSD):
         self.register_buffer("scales", torch.stack([major.roll(q) for q in range(12)]), persistent=False)
         self.register_buffer("triads", torch.tensor([0, 4, 7, -3, 0, 4]), persistent=False)  # major, relative minor
 
-    def reset(self):
-        circulant_(self.head.weight.data[:12].T).mul_(0.3)
-        self.head.weight.data[12:] = self.head.weight.data[:12]  # major and minor start equally likely
-
     @torch.no_grad()
     def pseudo_label(self, profile, batch):
         """profile (views, batch, 12) -> (batch,), 1.0 where the signature's major tonic triad is the louder one."""
@@ -314,6 +338,34 @@ class SKey(CPSD):
         logs |= dict(cpsd_term=loss.detach(), mode_term=mode.detach(), balance_term=balance.detach())
         logs["major_share"] = log_major.detach().exp().mean()
         return loss + self.MODE * mode + self.BALANCE * balance, logs
+
+
+class Template(CPSD):
+    """Ours: 24 outputs, CPSD on the sum of relatives, and the key of a template as a pseudo-label.
+
+    CPSD determines the key only up to a per-song offset: on real recordings a network without labels locks to the
+    riff, the scale or the tonic of each track. A template without labels (template_keys) removes the offset. S-KEY
+    takes the mode from chroma in the same spirit; here the label is the whole key, a soft one, and CPSD keeps the
+    outputs equivariant where the template is unsure. The label is of views 0 and 1 and turns with the crop of view 2.
+    """
+    outputs, needs_spectrogram = 24, True
+    SHARPNESS, LABEL = 15.0, 1.0  # of the template's softmax; weight of the label (our choice)
+
+    @torch.no_grad()
+    def pseudo_label(self, batch):
+        """Probability of each output in each view, (3, batch, 24), from the input of views 0 and 1."""
+        keys = template_keys(batch["cqt"].transpose(0, 1).flatten(1, 2)).mul(self.SHARPNESS).softmax(dim=-1)
+        keys = torch.stack([keys[:, :12], keys[:, 12:].roll(3, dims=1)], dim=1)                # (batch, 2, 12)
+        turn = batch["shifts"] - batch["shifts"][0]                                            # (3, batch) semitones
+        place = (torch.arange(12, device=keys.device) - turn[..., None]) % 12                  # (3, batch, 12)
+        return keys.expand(3, -1, -1, -1).gather(-1, place[:, :, None].expand(-1, -1, 2, -1)).flatten(-2)
+
+    def forward(self, token, batch, teacher=None):
+        log_keys = self.log_keys(token)                                                        # (3, batch, 24)
+        loss, logs = self.equivariance(log_keys.exp().unflatten(-1, (2, 12)).sum(dim=-2), batch)
+        label_loss = -(self.pseudo_label(batch) * log_keys).sum(dim=-1).mean()
+        logs |= dict(cpsd_term=loss.detach(), label_term=label_loss.detach())
+        return loss + self.LABEL * label_loss, logs
 
 
 class Tone(SKey):
@@ -416,5 +468,6 @@ class VICReg(Barlow):
         return vicreg(a, b) / 25, {}
 
 
-PRETEXT = {"cpsd": CPSD, "cpsd1": partial(CPSD, omegas=(1,)), "skey": SKey, "tone": Tone, "ntxent": NTXent,
-           "byol": BYOL, "cluster": Cluster, "barlow": Barlow, "vicreg": VICReg}
+PRETEXT = {"cpsd": CPSD, "cpsd1": partial(CPSD, omegas=(1,)), "skey": SKey, "template": Template,
+           "tone": Tone, "ntxent": NTXent, "byol": BYOL,
+           "cluster": Cluster, "barlow": Barlow, "vicreg": VICReg}

@@ -31,11 +31,13 @@ steps, the better half for 128, ... the best for 1024), and a patience of 256 st
 Rows:
 
     cpsd, ntxent ...   each class token           average, concat    of the class tokens
-    sequence mean      of the sequence tokens     all tokens mean    of class and sequence tokens
+    sequence mean      of the sequence tokens     sequence mean+std  mean and standard deviation over time
+    all tokens mean    of class and sequence tokens
     sequence           the sequence tokens themselves, one item a frame, in `chords` and `beats`
     untrained ...      the same of the same network with random weights
-    raw                mean and standard deviation over time of the input spectrograms
-    ... zero-shot      key outputs without any probe, and the template baseline
+    raw mean           mean over time of the input spectrograms; compare with sequence mean and class tokens
+    raw                mean and standard deviation over time; compare with sequence mean+std
+    ... zero-shot      key outputs without any probe           key template    losses.template_keys, without training
     chosen on validation; untrained, chosen    in each seed the row with the best validation metric
 
 `--layers` adds the rows of inner layers, through the network's final norm as in DINO. Only improvements over both
@@ -49,6 +51,7 @@ import json
 import re
 import time
 from collections import Counter, namedtuple
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from itertools import product
@@ -64,6 +67,7 @@ from data import (AUDIO_SUFFIXES, CROP_BINS, DYNAMIC_RANGE, FMIN, FRAME_SECONDS,
                   PITCH_CROP, SAMPLE_RATE, SCALES, SEGMENT, SYNTH_SPLITS, TIMBRES, FrontEnd, InputError,
                   audio_to_frames, compose, crop_views, find_audio, parse_key, prepare_files, prepare_folders,
                   prepare_synth, read_audio, read_labels, read_table, render_note, run_cli, walk, write_atomic)
+from losses import template_keys
 from model import MT2, load_checkpoint, pick_amp
 
 SEEDS = 5
@@ -569,6 +573,7 @@ def readouts(names, tokens, sequence):
     if len(rows) > 1:
         rows |= {"average": tokens.mean(dim=1), "concat": tokens.flatten(1)}
     rows["sequence mean"] = sequence.mean(dim=1)
+    rows["sequence mean+std"] = torch.cat([sequence.mean(dim=1), sequence.std(dim=1, unbiased=False)], dim=-1)
     if tokens.shape[1]:
         rows["all tokens mean"] = torch.cat([tokens, sequence], dim=1).mean(dim=1)
     return rows
@@ -602,11 +607,12 @@ def network_rows(model, cqt, mel, layers, per_frame):
 
 
 def raw_rows(cqt, mel, per_frame):
-    """{"raw": (n, 424)}: mean and standard deviation over time of the input; per frame the input, (n, frames, 212)."""
+    """{"raw mean": (n, 212), "raw": (n, 424) mean and deviation over time}; per frame {"raw": (n, frames, 212)}."""
     frames = torch.cat([cqt, mel], dim=-1)                                 # (n, frames, 212)
-    if not per_frame:
-        frames = torch.cat([frames.mean(dim=1), frames.std(dim=1, unbiased=False)], dim=-1)
-    return {"raw": frames}
+    if per_frame:
+        return {"raw": frames}
+    mean = frames.mean(dim=1)                                              # (n, 212)
+    return {"raw mean": mean, "raw": torch.cat([mean, frames.std(dim=1, unbiased=False)], dim=-1)}
 
 
 @torch.inference_mode()
@@ -638,7 +644,7 @@ def make_items(lengths, rows, per_frame):
         counts, starts = lengths, [np.arange(n) for n in lengths]
     else:
         spans = [cut_windows(n) for n in lengths]
-        counts, starts = [len(cuts) for cuts in spans], [[start for start, _ in cuts] for cuts in spans]
+        counts, starts = [len(cuts) for cuts in spans], [np.array(cuts)[:, 0] for cuts in spans]
     return Items(rows, np.repeat(np.arange(len(lengths)), counts), np.concatenate(starts) * FRAME_SECONDS)
 
 
@@ -980,7 +986,9 @@ class Probe(nn.Module):
     def __init__(self, x, target, train, hidden, dropout, standardize):
         super().__init__()
         features, dim = x[train].float(), x.shape[1]
-        self.mean, self.scale = (features.mean(dim=0), features.std(dim=0) + 1e-6) if standardize else (0.0, 1.0)
+        self.mean, self.scale = 0.0, 1.0
+        if standardize:
+            self.mean, self.scale = features.mean(dim=0), features.std(dim=0, unbiased=False) + 1e-6
         self.offset, self.gain = target.units(train)
         layers = [nn.Dropout(dropout), nn.Linear(dim, hidden), nn.ReLU()] if hidden else []
         self.net = nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(hidden or dim, len(target.names)))
@@ -990,6 +998,18 @@ class Probe(nn.Module):
         return self.net((x.float() - self.mean) / self.scale) * self.gain + self.offset
 
 
+@contextmanager
+def one_thread():
+    """One thread inside: the products of a probe are small, a second thread costs more than it gains."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def fit(x, target, train, valid, seed=0, batch=128, lr=1e-3, l2=0.0, steps=STEPS, patience=PATIENCE, **network):
     """Train a probe on the items `train`; the weights of the lowest loss on the items `valid` are kept.
 
@@ -1092,7 +1112,7 @@ def splits_of(tracks):
             raise InputError(f"{len(folds)} fold(s) found; at least three are needed: train, valid and test")
         return [(np.flatnonzero((fold != test) & (fold != valid)), np.flatnonzero(fold == valid),
                  np.flatnonzero(fold == test)) for test, valid in zip(folds, folds[1:] + folds[:1])]
-    train, valid, test = (np.flatnonzero([part == name for part in parts]) for name in ("train", "valid", "test"))
+    train, valid, test = (np.flatnonzero(np.array(parts) == name) for name in ("train", "valid", "test"))
     if len(valid) == 0:
         held = np.array([hashed(tracks[i].group, 5) == 0 for i in train], dtype=bool)
         train, valid = train[~held], train[held]
@@ -1168,17 +1188,28 @@ def probe_rows(items, target, splits, grid=False, shares=(), label="", **config)
         for share in shares:
             column, cell = label_share(x, target, splits, share, configs)
             table[name][column] = cell
-    untrained_rows = [name for name in runs if name.startswith("untrained ")]
-    trained_rows = [name for name in runs if name != "raw" and name not in untrained_rows]
-    for title, names in (("chosen on validation", trained_rows), ("untrained, chosen", untrained_rows)):
-        if len(names) > 1:  # in each seed the row with the best validation score
-            best = [max(names, key=lambda name: runs[name][seed][0]) for seed in range(len(splits))]
-            predictions = [runs[name][seed][1] for seed, name in enumerate(best)]
-            table[title] = cells_of(target.metrics, predictions, truths, fixed)
-            remarks.append(f"{title}: {', '.join(best)}")
+    for title, (names, predictions) in chosen_rows(runs).items():
+        table[title] = cells_of(target.metrics, predictions, truths, fixed)
+        remarks.append(f"{title}: {', '.join(names)}")
     constant = [predict_constant(target, train, test) for train, _, test in splits]
     table["chance"] = {name: mean_of(list(map(metric, constant, truths))) for name, metric in target.metrics.items()}
     return table, remarks, {name: run[0][1] for name, run in runs.items()}
+
+
+def chosen_rows(runs):
+    """In each seed the row with the best validation score, among trained and among untrained rows.
+
+    runs {row: [(validation score, predictions) of each seed]} -> {title: (rows, predictions)}, one of each per seed.
+    """
+    untrained_rows = [name for name in runs if name.startswith("untrained ")]
+    trained_rows = [name for name in runs if not name.startswith(("raw", "untrained "))]
+    found = {}
+    for title, names in (("chosen on validation", trained_rows), ("untrained, chosen", untrained_rows)):
+        if len(names) > 1:
+            seeds = range(len(runs[names[0]]))
+            best = [max(names, key=lambda name: runs[name][seed][0]) for seed in seeds]
+            found[title] = best, [runs[best[seed]][seed][1] for seed in seeds]
+    return found
 
 
 def text_of(config):
@@ -1196,7 +1227,8 @@ def print_table(title, table):
             if "interval" in cell:
                 lines[name][column] += " [{:.1f} {:.1f}]".format(*(100 * v for v in cell["interval"]))
     width = max(map(len, lines)) + 2
-    wide = {column: max(12, *(len(line.get(column, "")) for line in lines.values())) + 2 for column in columns}
+    longest = lambda column: max(len(line.get(column, "")) for line in lines.values())
+    wide = {column: max(12, longest(column)) + 2 for column in columns}
     print(f"\n{title}")
     for name, line in lines.items():
         print(f"{name:{width}}" + "".join(f"{line.get(column, ''):>{wide[column]}}" for column in columns))
@@ -1298,23 +1330,10 @@ def key_probabilities(model, tracks, device):
     return torch.cat([keys[:, :12], keys[:, 12:].roll(9, dims=1)], dim=1)  # output 12 + q is the relative minor of q
 
 
-# How well each pitch class fits C major and C minor (probe-tone ratings of Krumhansl and Kessler 1982).
-KRUMHANSL = {"major": (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
-             "minor": (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)}
-TEMPLATES = np.array([np.roll(KRUMHANSL[mode], tonic) for mode in ("major", "minor") for tonic in range(12)])
-
-
-def template_keys(tracks):
-    """Krumhansl-Kessler template baseline: correlation of each track's chroma with 24 profiles, (tracks, 24)."""
-    fold = (np.arange(N_BINS) + round(12 * np.log2(FMIN / 440)) + 69) % 12           # pitch class of each CQT bin
-    outputs = []
-    for frames in tracks:
-        level = frames[:, :N_BINS].astype(np.float32) / 255                          # (frames, 96)
-        magnitude = np.where(level > 0, 10 ** ((level - 1) * DYNAMIC_RANGE / 20), 0).mean(axis=0)
-        chroma = np.bincount(fold, weights=magnitude, minlength=12)
-        with np.errstate(invalid="ignore"):  # silence has no correlation
-            outputs.append(np.nan_to_num(np.corrcoef(chroma, TEMPLATES)[0, 1:]))
-    return np.array(outputs)
+def template_rows(tracks):
+    """losses.template_keys of whole tracks: (tracks, 24) array, keys as in ALL_KEYS."""
+    cqts = (torch.from_numpy(frames[:, :N_BINS].astype(np.float32) / 255) for frames in tracks)   # (frames, 96) each
+    return torch.cat([template_keys(cqt[None]) for cqt in cqts]).numpy()
 
 
 def zero_shot(model, tracks, device, truth, tests):
@@ -1322,7 +1341,7 @@ def zero_shot(model, tracks, device, truth, tests):
 
     truth (tracks,) keys 0..23; tests: numbers of the test tracks, one array per seed.
     """
-    rows = {"template zero-shot": template_keys(tracks)}
+    rows = {"key template": template_rows(tracks)}
     if model is not None and (name := model.key_token()):
         for prefix, network in (("", model), ("untrained ", untrained(model, device))):
             rows[f"{prefix}{name} zero-shot"] = key_probabilities(network, tracks, device).numpy()
@@ -1676,17 +1695,23 @@ def run_task(args):
         raise InputError(f"--confusion {args.confusion}: give a row of a task with classes: {', '.join(items.rows)}")
     table, remarks, predictions = probe_targets(items, kept, targets, args.grid, args.shares)
     add_columns(table, shot)
-    splits, name = splits_of(kept), args.task
+    splits = splits_of(kept)
     sizes = ", ".join(f"{len(part)} {which}" for part, which in zip(splits[0], ("train", "valid", "test")))
     title = (f"{args.task}: {source}\n{counts_line(args, tracks, kept)}\nprotocol {'grid' if args.grid else 'linear'}, "
              f"{len(splits)} {'folds' if isinstance(kept[0].split, int) else 'seeds'}; split of the first: {sizes}; "
              f"{len({t.group for t in kept})} groups; in %, mean ± deviation [95 % interval over tracks]")
+    publish(source, file_name(args, label), title, table, remarks + speed)
+    for rows, truth, names in predictions.values() if args.confusion else ():
+        print_confusion(rows[args.confusion], truth, names)
+
+
+def file_name(args, label):
+    """NAME of the table probe-NAME.json of a task; of folders and CSVs with their own name."""
+    name = args.task
     if name in ("folders", "csv"):
         name = f"{name}-{Path(args.data).resolve().stem}" + (f"-{label}" if name == "csv" else "")
         name = re.sub(r"[^\w-]+", "-", name)
-    publish(source, f"{name}{'-grid' if args.grid else ''}", title, table, remarks + speed)
-    for rows, truth, names in predictions.values() if args.confusion else ():
-        print_confusion(rows[args.confusion], truth, names)
+    return f"{name}-grid" if args.grid else name
 
 
 def print_list(args):
@@ -1708,6 +1733,9 @@ def synth_table(model, device):
     """All tasks of the embedded songs, as one table."""
     store, numbers, tracks = synth_tracks(train=512, valid=128, test=256)
     items = all_items(model, store, numbers, device)
+    shown = [*model.tokens[:model.class_token_count], "sequence mean"]  # the other readouts take as long as these
+    shown += [f"untrained {name}" for name in shown] + ["raw"]
+    items = items._replace(rows={name: items.rows[name] for name in shown})
     targets = {"key": "key", "instrument": "class"}
     table, _, _ = probe_targets(items, tracks, targets, shares=(0.125,), steps=SYNTH_STEPS)
     test = splits_of(tracks)[0][2]
@@ -1720,7 +1748,8 @@ def synth_table(model, device):
     add_columns(table, chords, "chords ")
     songs, truth = [store.track(i) for i in numbers[test]], np.array([tracks[i].labels["key"] for i in test])
     add_columns(table, zero_shot(model, songs, device, truth, [np.arange(len(test))]), "key ")
-    return {name: {c: row[c] for c in SYNTH_COLUMNS if c in row} for name, row in table.items()}
+    columns = lambda row: {column: row[column] for column in SYNTH_COLUMNS if column in row}
+    return {name: columns(row) for name, row in table.items()}
 
 
 def print_synth(checkpoint, device):
@@ -1747,12 +1776,14 @@ def print_key(args):
     """Zero-shot key of songs, also per 15 s; with a CSV of keys, its scores."""
     path, model = open_model(args)
     if model.key_token() is None:
-        raise InputError(f"{path}: has no key token; train one with --tokens cpsd,ntxent or skey,ntxent")
+        raise InputError(f"{path}: has no key token; train one with --tokens cpsd,ntxent or template,ntxent")
     if args.keys:
         return score_keys(args, path, model)
     front_end, piece, failed = FrontEnd(), round(15 / FRAME_SECONDS), []
-    files = [[song] if Path(song).is_file() else [p for _, p in find_audio([song])] for song in args.songs]
-    for file in sum(files, []):
+    files = []
+    for song in args.songs:
+        files += [song] if Path(song).is_file() else [path for _, path in find_audio([song])]
+    for file in files:
         try:
             frames = audio_to_frames(read_audio(file), front_end)
         except InputError as error:
@@ -1764,7 +1795,7 @@ def print_key(args):
         print(f"{file}: {name_of(keys[0])}")
         for i, key in enumerate(keys[1:] if len(parts) > 2 else []):
             print(f"    {clock(15 * i)}  {name_of(key)}")
-    if len(failed) == len(sum(files, [])):
+    if len(failed) == len(files):
         raise InputError(f"none of {len(failed)} files could be read as audio; see the lines above")
 
 

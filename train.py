@@ -4,7 +4,7 @@
     python train.py --tokens cpsd --out out/cpsd              one token alone: the paper's baselines
     python train.py --data ~/Music --out out/mine             your own recordings
     python train.py --data synth ~/Music --mix 3,1            both, three pieces in four of them synthetic
-    python train.py --tokens skey,ntxent --weights 1,0.3      any tasks of losses.PRETEXT, and how much each counts
+    python train.py --tokens template,ntxent --weights 1,0.3  any tasks of losses.PRETEXT, and how much each counts
     python train.py --preset mt2                              the paper's recipe; myna-base: another paper's
     python train.py --out out/mine --resume                   continue, bit for bit, from the last checkpoint
     torchrun --nproc_per_node=8 train.py --preset mt2         eight GPUs of one machine; or of two, the same on each:

@@ -1,11 +1,11 @@
 """Design choices taken back, and regularisers to try: train.py with one thing changed, everything else alike.
 
     python tests/ablations.py mel-kept --out out/mel-kept    the transposed view keeps its mel
-    python tests/ablations.py plain-init                     ordinary random weights instead of equivariant at birth
+    python tests/ablations.py plain-init                     ordinary random weights instead of equivariant at initialisation
     python tests/ablations.py jitter                         each view through an equaliser and at a level of its own
     python tests/ablations.py mixing                         half of the pieces have another one in the background
 
-All flags of train.py are understood. README says what each did.
+All flags of train.py are understood. tests/README.md has their results.
 """
 import sys
 from pathlib import Path
@@ -24,10 +24,10 @@ def mel_kept():
 
 
 def plain_init():
-    birth = model.MT2.__init__
+    original_init = model.MT2.__init__
 
     def init(self, *args, **kwargs):
-        birth(self, *args, **kwargs)
+        original_init(self, *args, **kwargs)
         for module in self.modules():
             if isinstance(module, torch.nn.Linear):
                 torch.nn.init.xavier_uniform_(module.weight)

@@ -8,11 +8,11 @@ import soundfile as sf
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-torch.set_num_threads(1)  # these tests are small: threads that wait for each other on a busy machine cost more than they gain
-
+torch.set_num_threads(1)  # these tests are small: on a busy machine threads cost more than they gain
 import data  # noqa: E402
 
-SONGS = ["one.wav", "two.flac", "three.ogg", "Café Ñandú.wav", "more/five.flac", "more/six.WAV", "more/seven.ogg", "more/eight.wav"]
+SONGS = ["one.wav", "two.flac", "three.ogg", "Café Ñandú.wav",
+         "more/five.flac", "more/six.WAV", "more/seven.ogg", "more/eight.wav"]
 STEREO_44K = {"two.flac", "more/six.WAV", "more/seven.ogg"}
 
 

@@ -357,5 +357,5 @@ def test_run_cli_ends_with_one_line_and_an_exit_code(capfd, error, code, line):
 
     with pytest.raises(SystemExit) as caught:
         data.run_cli(fail)
-    said = capfd.readouterr().err.strip()
-    assert caught.value.code == code and line in said and "\n" not in said
+    printed = capfd.readouterr().err.strip()
+    assert caught.value.code == code and line in printed and "\n" not in printed

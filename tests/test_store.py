@@ -205,11 +205,11 @@ def test_broken_files_are_skipped_and_listed(tmp_path, capsys):
     (music / "notes.txt").write_text("not audio, not even tried")
     (music / "._a.wav").write_text("another system's leftover")
     store = prepare_folders([music], tmp_path / "out")
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert store.paths == ["music/a.wav", "music/deep/down/g.flac", "music/e.wav"]
     assert [path for path, _ in store.skipped] == ["music/b.wav", "music/c.flac", "music/d.wav"]
     for name in ("b.wav", "c.flac", "d.wav"):
-        assert sum(name in line for line in said.splitlines()) == 1
+        assert sum(name in line for line in printed.splitlines()) == 1
     assert (store.track(2) == store.track(0)).all()            # e is a again: what was skipped left no gap
     assert FrameStore(tmp_path / "out").info["skipped"] == 3
 
@@ -314,14 +314,20 @@ def test_chord_labels_name_the_notes_that_sound():
         assert ends[-1] >= SONG_SECONDS
 
 
-def test_notes_and_chords_stay_in_the_key():
+def test_notes_and_chords_stay_in_the_scale_of_their_half():
     """The one exception is the leading tone of a minor key, in its dominant chord."""
+    modal = 0
     for song in map(compose, range(60)):
-        leading = (song["tonic"] - 1) % 12
-        strange = {pitch % 12 for _, _, pitch, _, _ in song["notes"]} - scale_of(song)
-        assert strange <= ({leading} if song["mode"] == "minor" else set())
-        for _, _, chord in song["chords"]:
-            assert chord == 24 or chord % 12 in scale_of(song)
+        spans, middle = len(song["chords"]), song["chords"][(len(song["chords"]) + 1) // 2][0]
+        leading, halves = (song["tonic"] - 1) % 12, [{(song["tonic"] + s) % 12 for s in scale} for scale in song["scales"]]
+        for start, _, pitch, _, _ in song["notes"]:
+            scale = halves[int(start > middle - 1e-6)]
+            assert pitch % 12 in scale or (song["mode"] == "minor" and pitch % 12 == leading)
+        for i, (_, _, chord) in enumerate(song["chords"]):
+            assert chord == 24 or chord % 12 in halves[2 * i // spans]
+        assert scale_of(song) in halves and len(halves[0] & halves[1]) in (6, 7)               # at most one note moves
+        modal += halves[0] != halves[1]
+    assert 25 <= modal <= 47                                                                   # 60 %
     chords = {chord for i in range(60) for _, _, chord in compose(i)["chords"]}
     assert chords == set(range(25))
 
@@ -335,7 +341,7 @@ def test_render_is_pure_finite_in_range_and_of_the_right_length():
     assert not np.array_equal(waves[0], waves[1])
 
 
-def test_the_signature_can_be_heard():
+def test_the_signature_is_in_the_spectrum():
     """In the CQT, whose row 0 is an A, the notes of the scale are the loud ones, and for most songs name the signature."""
     cqt, louder, named = data.CQT(), 0, 0
     for song in map(compose, range(12)):
@@ -345,7 +351,7 @@ def test_the_signature_can_be_heard():
         louder += mean(scale_of(song)) > 1.2 * mean(set(range(12)) - scale_of(song))
         score = [mean({(tonic + step) % 12 for step in SCALES["major"]}) for tonic in range(12)]
         named += int(np.argmax(score)) == song["signature"]
-    assert louder >= 10 and named >= 6                         # of 12; by chance one would be named
+    assert louder >= 9 and named >= 5                         # of 12; by chance one would be named
 
 
 def test_prepare_synth_is_a_store_of_these_songs(tmp_path):

@@ -144,6 +144,35 @@ def test_no_gradient_through_the_pseudo_label():
     assert not task.pseudo_label(task.profile(token), batch).requires_grad
 
 
+@pytest.mark.parametrize("minor", [False, True])
+def test_the_template_names_the_key_at_every_transposition(minor):
+    tonic = torch.arange(12)
+    cqt = tonal_batch(tonic.tolist(), minor)["cqt"][0]                      # from a C; the template's first bin is an A
+    assert losses.template_keys(cqt.roll(3, dims=-1)).argmax(dim=-1).tolist() == (tonic + 12 * minor).tolist()
+    assert losses.template_keys(torch.zeros(1, 5, 96)).tolist() == [[0.0] * 24]
+
+
+def test_the_template_label_follows_the_crop_of_each_view():
+    """The label of view 2 is what the template finds in view 2 itself, had it been given that."""
+    task, batch = losses.Template(8), tonal_batch([0, 1, 4, 9], minor=True, shifts=(-5, -5, -12))
+    label = task.pseudo_label(batch)                                        # (3, 4, 24)
+    own = task.pseudo_label(dict(cqt=batch["cqt"][[2, 2]], shifts=batch["shifts"][[2, 2, 2]]))
+    torch.testing.assert_close(label.sum(dim=-1), torch.ones(3, 4))
+    assert torch.equal(label[2].argmax(dim=-1), own[0].argmax(dim=-1)) and torch.equal(label[0], label[1])
+
+
+def test_the_template_loss_is_lowest_at_its_label(monkeypatch):
+    """Outputs equal to the label: equivariant, and the cross entropy is the label's entropy; not so an octave circle off."""
+    task, batch = losses.Template(8), tonal_batch([0, 1, 4])
+    label, found = task.pseudo_label(batch), []
+    for steps in (0, 1, 7):
+        monkeypatch.setattr(task, "log_keys", lambda _: label.unflatten(-1, (2, 12)).roll(steps, -1).flatten(-2).log())
+        found.append(task(None, batch))
+    assert found[0][1]["label_term"].item() == pytest.approx(torch.special.entr(label).sum(-1).mean().item(), rel=1e-4)
+    assert found[0][0] < min(found[1][0], found[2][0])
+    assert found[0][1]["cpsd_term"].item() == pytest.approx(found[1][1]["cpsd_term"].item(), abs=1e-5)
+
+
 def test_tone_learns_the_label_transposed_with_each_view(monkeypatch):
     task, batch = losses.Tone(8), tonal_batch([0, 1, 4])
     batch["keys"] = torch.tensor([0, -1, 4])                                # C major, unknown, E major

@@ -103,6 +103,8 @@ def test_shapes_and_types(segments):
 def test_views_0_and_1_share_their_crop_and_view_2_never_does(segments):
     crops = torch.cat([batch_of(segments[0], 0, step)[1] for step in range(150)], dim=1)           # (3, 4800)
     assert torch.equal(crops[0], crops[1]) and (crops[0] != crops[2]).all()
+    one_a_step = crops.unflatten(1, (150, 32))                             # NT-Xent must not find partners by their crop
+    assert (one_a_step[0] == one_a_step[0, :, :1]).all() and (one_a_step[2] != one_a_step[2, :, :1]).any()
     for view in (0, 2):
         share = torch.bincount(crops[view], minlength=13) / crops.shape[1]
         assert len(share) == 13 and share.min() > 0.5 / 13 and share.max() < 1.5 / 13

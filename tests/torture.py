@@ -1,4 +1,4 @@
-"""What we break on purpose: python tests/torture.py [fuzz] [kill] [disk] [soak]   (all of them without a word; a quarter of an hour; Linux)
+"""What we break on purpose: python tests/torture.py [fuzz] [kill] [disk] [soak]   (default: all, 15 minutes; Linux)
 
     fuzz   thousands of mutated files of each format: audio or one InputError, never a crash, a hang or a gigabyte
     kill   preparing, training and probing, killed (-9) twenty times each: the end equals that of an undisturbed run
@@ -31,9 +31,8 @@ import data  # noqa: E402
 
 # ---------------------------------------------------------------- fuzz
 
-FORMATS = {"wav": {}, "flac": {}, "ogg": {}, "opus": dict(format="OGG", subtype="OPUS"), "mp3": {}, "au": {}, "aiff": {}}
-FILE_SECONDS = 10     # a file that takes longer hangs
-FILE_MEMORY = 2 ** 30
+FORMATS = dict.fromkeys("wav flac ogg mp3 au aiff".split(), {}) | {"opus": dict(format="OGG", subtype="OPUS")}
+FILE_SECONDS, FILE_MEMORY = 10, 2 ** 30  # a file that takes longer hangs; bytes
 
 
 def originals(suffix, folder):
@@ -49,7 +48,7 @@ def originals(suffix, folder):
 
 
 def ogg_checksums(b):
-    """Every page of an ogg gets the checksum of what it holds now: otherwise the decoder behind it never sees the injury."""
+    """Correct the checksum of every page of an ogg, so that the decoder behind it receives the injury."""
     table = [0] * 256
     for i in range(256):
         value = i << 24
@@ -67,7 +66,7 @@ def ogg_checksums(b):
 
 
 def mutate(original, rng):
-    """One to four injuries: flipped bits, odd bytes and absurd integers (most of them in the header), holes, repeats, cuts."""
+    """One to four injuries: flipped bits, odd bytes and absurd integers (most in the header), holes, repeats, cuts."""
     b = bytearray(original)
     for _ in range(rng.choice([1, 1, 2, 4])):
         if not b:
@@ -103,7 +102,7 @@ def status(key, pid="self"):
 
 
 def fuzz_worker(suffix, first, last, folder):
-    """Read mutated files first .. last - 1 and print a line for each; ends itself (exit code 1) when one takes too long."""
+    """Read mutated files first .. last - 1 and print a line for each; ends (exit code 1) when one takes too long."""
     torch.set_num_threads(1)
     healthy = originals(suffix, folder)
     for block in data.resample_blocks([torch.zeros(48000)], 48000, data.SAMPLE_RATE):  # warm up, then the limit
@@ -134,26 +133,26 @@ def fuzz_worker(suffix, first, last, folder):
 
 
 def fuzz(folder, files=2000):
-    """`files` mutated files of each format, in a subprocess that may die and is then started behind the file that did it."""
+    """`files` mutated files of each format, in a subprocess that may die; the next one begins behind that file."""
     bad = 0
     for suffix in FORMATS:
         results, first = [], 0
         while first < files:
-            worker = subprocess.Popen([sys.executable, __file__, "--fuzz-worker", suffix, str(first), str(files), str(folder)],
-                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            said, errors = worker.communicate()
-            lines = said.splitlines()
+            flags = map(str, ("--fuzz-worker", suffix, first, files, folder))
+            worker = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
+            lines, errors = worker.stdout.splitlines(), worker.stderr
             results += [json.loads(line) for line in lines if line.startswith("[")]
             begun = max((int(line.split()[0]) for line in lines if line.endswith("begins")), default=first)
             first = files if worker.returncode == 0 else begun + 1
             if worker.returncode:
-                what = f"HANG: {errors.splitlines()[2:4]}" if "Timeout" in errors else f"CRASH {worker.returncode}: {errors[-300:]}"
-                results.append([begun, what, 0, 0])
+                what = "HANG" if "Timeout" in errors else f"CRASH {worker.returncode}"
+                results.append([begun, f"{what}: {errors[-300:]}", 0, 0])
         count = lambda start: sum(outcome.startswith(start) for _, outcome, _, _ in results)
         odd = [(i, outcome) for i, outcome, _, _ in results if outcome not in ("audio", "refused")]
         bad += len(odd)
-        print(f"fuzz {suffix:5} {len(results)} files: {count('audio')} audio, {count('refused')} refused, {len(odd)} faults; "
-              f"at most {max(m for _, _, m, _ in results) / 2 ** 20:.0f} MB and {max(s for *_, s in results):.2f} s a file", flush=True)
+        memory, taken = max(m for _, _, m, _ in results) / 2 ** 20, max(s for *_, s in results)
+        print(f"fuzz {suffix:5} {len(results)} files: {count('audio')} audio, {count('refused')} refused, "
+              f"{len(odd)} faults; at most {memory:.0f} MB and {taken:.2f} s a file", flush=True)
         for i, outcome in odd[:10]:
             print(f"     {folder}/{i}.{suffix}: {outcome}")
     return bad
@@ -161,7 +160,8 @@ def fuzz(folder, files=2000):
 
 # ---------------------------------------------------------------- jobs
 
-TINY = ("--preset", "small", "--device", "cpu", "--batch-size", "8", "--no-probe", "--log-every", "1", "--save-every", "5")
+TINY = "--preset small --device cpu --batch-size 8 --no-probe --log-every 1 --save-every 5".split()
+ONE_CORE = dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
 
 
 def songs(folder, count, seconds=data.SONG_SECONDS):
@@ -175,14 +175,14 @@ def songs(folder, count, seconds=data.SONG_SECONDS):
 
 def start(work, script, *flags):
     """A program of the project as a user starts it, in the folder `work`, on one core."""
-    return subprocess.Popen([sys.executable, ROOT / script, *map(str, flags)], cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, errors="replace", env=dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive"))
+    return subprocess.Popen([sys.executable, ROOT / script, *map(str, flags)], cwd=work, text=True, errors="replace",
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | ONE_CORE)
 
 
 def finish(job):
     """(exit code, stdout, the lines of stderr that are no progress bar)."""
-    said, errors = job.communicate()
-    return job.returncode, said, [line for line in re.split("[\r\n]+", errors) if line.strip() and "it/s" not in line and "|" not in line]
+    output, errors = job.communicate()
+    return job.returncode, output, [line for line in re.split("[\r\n]+", errors) if line.strip() and "|" not in line]
 
 
 def store_of(out):
@@ -192,17 +192,18 @@ def store_of(out):
 def weights_of(out):
     """Step, weights and optimiser of a checkpoint, and the log without its clock."""
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
-    tensors = list(checkpoint["model"].values()) + [torch.as_tensor(v) for state in checkpoint["optimizer"]["state"].values() for v in state.values()]
-    log = [{k: v for k, v in json.loads(line).items() if k != "clips_per_s"} for line in (out / "log.jsonl").read_text().splitlines()]
-    return checkpoint["step"], [t.numpy().tobytes() for t in tensors], log
+    states = checkpoint["optimizer"]["state"].values()
+    tensors = [*checkpoint["model"].values(), *(torch.as_tensor(v) for state in states for v in state.values())]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return checkpoint["step"], [t.numpy().tobytes() for t in tensors], [line | dict(clips_per_s=0) for line in log]
 
 
 class Job:
-    """A command that leaves a result: how to start it, how to read the result, which files to remove for a fresh start."""
+    """A command that leaves a result: how to start it, to read the result, and what to remove for a fresh start."""
 
     def __init__(self, work, script, flags, result, leaves, resume=lambda: ()):
-        self.work, self.script, self.flags, self.result, self.leaves, self.resume = work, script, flags, result, leaves, resume
-        self.name = script.removesuffix(".py")
+        self.work, self.script, self.flags, self.result, self.leaves = work, script, flags, result, leaves
+        self.resume, self.name = resume, script.removesuffix(".py")
 
     def start(self):
         return start(self.work, self.script, *self.flags, *self.resume())
@@ -217,27 +218,27 @@ def jobs(work, music, steps):
     checkpoint = work / "run" / "checkpoint.pt"
 
     def table():
-        found = json.loads(next((work / "run").glob("probe-*.json")).read_text())
-        return [found["rows"], found["chance"]]
+        return json.loads(next((work / "run").glob("probe-*.json")).read_text())["rows"]
 
     return [Job(work, "data.py", (music, "--out", "store"), lambda: store_of(work / "store"), ["store"]),
-            Job(work, "train.py", ("--data", "store", *TINY, "--steps", steps, "--out", "run"), lambda: weights_of(work / "run"), ["run"],
-                lambda: ("--resume",) if checkpoint.exists() else ()),
-            Job(work, "probe.py", ("folders", "--data", music, "--checkpoint", checkpoint, "--device", "cpu"), table, ["data"])]
+            Job(work, "train.py", ("--data", "store", *TINY, "--steps", steps, "--out", "run"),
+                lambda: weights_of(work / "run"), ["run"], lambda: ("--resume",) if checkpoint.exists() else ()),
+            Job(work, "probe.py", ("folders", "--data", music, "--checkpoint", checkpoint, "--device", "cpu"), table,
+                ["data"])]
 
 
 # ---------------------------------------------------------------- kill
 
 
 def kill(folder, kills=20):
-    """Each job once undisturbed, then killed at random moments and started again; a job that got through begins anew."""
+    """Each job once undisturbed, then killed at random moments and started again; a job that ended begins anew."""
     rng, bad = random.Random(0), 0
     music = songs(folder / "music", 60)
     for job in jobs(folder, music, 60):
         began = time.perf_counter()
-        code, said, errors = finish(job.start())
+        code, output, errors = finish(job.start())
         whole = time.perf_counter() - began
-        assert code == 0, (job.name, said[-500:], errors)
+        assert code == 0, (job.name, output[-500:], errors)
         expected, done, rounds, faults = job.result(), 0, 0, []
         job.fresh()
         while done < kills or rounds == 0 or (folder / job.leaves[0]).exists():
@@ -251,16 +252,17 @@ def kill(folder, kills=20):
                 process.communicate()
                 done += 1
                 continue
-            code, said, errors = finish(process)
+            code, output, errors = finish(process)
             rounds += 1
             if code or job.result() != expected:
                 faults.append(f"exit code {code}, {errors[-3:]}" if code else "another result")
             if done >= kills:
                 break
             job.fresh()
-        leftovers = [str(path.relative_to(folder)) for name in job.leaves for path in (folder / name).rglob("*") if path.suffix == ".part" or path.suffix[1:].isdigit()]
-        print(f"kill {job.name:6} killed {done} times, came through {rounds} times: {rounds - len(faults)} equal to the undisturbed run "
-              f"({whole:.1f} s); {len(leftovers)} leftovers", flush=True)
+        paths = [path for name in job.leaves for path in (folder / name).rglob("*")]
+        leftovers = sum(path.suffix == ".part" or path.suffix[1:].isdigit() for path in paths)
+        print(f"kill {job.name:6} killed {done} times, ended {rounds} times: {rounds - len(faults)} equal to the "
+              f"undisturbed run ({whole:.1f} s); {leftovers} leftovers", flush=True)
         for fault in faults:
             print(f"     {fault}")
         bad += len(faults)
@@ -282,27 +284,24 @@ def disk_worker(folder):
     music, bad = songs(folder / "music", 16), 0
     plain, small = folder / "plain", folder / "small"
     plain.mkdir(), small.mkdir()
-    mount = lambda *options: subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "none", small], check=True)
+    mount = lambda *flags: subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(flags), "none", small], check=True)
     mount("size=1g")
-    # Too little for the frames (2.7 MB), for a checkpoint beside the first one (two of 13 MB), for the features.
-    for ordinary, job, size in zip(jobs(plain, music, 20), jobs(small, music, 20), (2, 18, None)):
+    # Too little for the frames (2.7 MB), for a checkpoint beside the first one (two of 13 MB), for the frames again.
+    for ordinary, job, size in zip(jobs(plain, music, 20), jobs(small, music, 20), (2, 18, 2)):
         finish(ordinary.start())
-        if job.name == "probe":  # with its frames there, it is the features that meet the full disk
-            finish(job.start())
-            shutil.rmtree(small / "data" / "features")
-        used = sum(path.stat().st_blocks * 512 for path in small.rglob("*"))
-        room = f"{size}m" if size and job.name == "data" else str(used + ((size or 0) << 20) + 8192)
+        room = sum(path.stat().st_blocks * 512 for path in small.rglob("*")) + (size << 20) + 8192
         for trouble, options in (("full", ("remount", "rw", f"size={room}")), ("read-only", ("remount", "ro"))):
             mount(*options)
-            code, said, errors = finish(job.start())
+            code, output, errors = finish(job.start())
             one_line = code == 2 and len(errors) == 1 and errors[0].startswith("error: ")
             bad += not one_line
-            print(f"disk {job.name:6} {trouble:9} {'' if one_line else 'FAULT '}exit code {code}: {errors[0] if one_line else errors[-4:]}", flush=True)
+            print(f"disk {job.name:6} {trouble:9} exit {code}: {errors[-4:]}{'' if one_line else ' FAULT'}", flush=True)
         mount("remount", "rw", "size=1g")
-        code, said, errors = finish(job.start())
+        code, output, errors = finish(job.start())
         equal = code == 0 and job.result() == ordinary.result()
         bad += not equal
-        print(f"disk {job.name:6} with room again: exit code {code}, {'equal to the undisturbed run' if equal else f'FAULT {errors[-3:]}'}", flush=True)
+        outcome = "equal to the undisturbed run" if equal else f"FAULT {errors[-3:]}"
+        print(f"disk {job.name:6} with room again: exit code {code}, {outcome}", flush=True)
     subprocess.run(["umount", small])
     sys.exit(min(bad, 100))
 
@@ -325,7 +324,8 @@ def soak(folder, steps=1000):
     code = finish(job)[0]
     growth = max(memory.values(), default=0) - memory.get(100, 0)
     bad = code != 0 or len(memory) < 3 or growth > 20
-    print(f"soak {'FAULT ' if bad else ''}exit code {code}; resident memory {', '.join(f'{mb:.0f} MB at step {mark}' for mark, mb in memory.items())}")
+    marks = ", ".join(f"{mb:.0f} MB at step {mark}" for mark, mb in memory.items())
+    print(f"soak {'FAULT ' if bad else ''}exit code {code}; resident memory {marks}")
     return int(bad)
 
 
