@@ -12,10 +12,10 @@ import probe
 from model import load_checkpoint, read_checkpoint
 
 SONGS = range(1152, 1168)  # test songs: never trained on
-KEYS = "f a f# eb e Gb F bb D c# F bb b Eb Gb c#".split()  # outputs of the weights
+KEYS = "bb a b eb e Gb C bb D E C Db b Eb Gb E".split()  # outputs of the weights
 # First values of the class tokens of the first window of the first song.
-TOKENS = {"skey": [0.313, 1.008, 0.464, -0.048, -0.431, -0.382, 0.261, 0.684],
-          "ntxent": [1.179, -0.43, -0.881, 0.981, 1.397, -0.14, 1.705, 0.527]}
+TOKENS = {"template": [1.692, 0.216, 1.42, 0.544, 0.025, 0.232, -1.451, 1.82],
+          "ntxent": [2.389, -0.778, -0.861, 1.671, -0.345, 0.193, 0.288, 0.336]}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_the_file_is_small_and_complete():
     saved = read_checkpoint(probe.SHIPPED)
     assert probe.SHIPPED.stat().st_size < 12e6 and "optimizer" not in saved
     assert all(weight.dtype == torch.float16 and weight.isfinite().all() for weight in saved["model"].values())
-    assert saved["config"]["tokens"] == ["skey", "ntxent"] and "CC BY-SA" in saved["licence"]
+    assert saved["config"]["tokens"] == ["template", "ntxent"] and "CC BY-SA" in saved["licence"]
     assert "synthetic songs" in saved["about"] and "/" not in {str(part)[0] for part in saved["settings"]["data"]}
 
 
@@ -39,12 +39,12 @@ def test_outputs_stay(found):
     """Within what another processor may change (bf16 against fp32: 0.005): no key, and no token by more than 0.03."""
     keys, rows = found
     right = [probe.ALL_KEYS[data.compose(i)["key"]] == key for i, key in zip(SONGS, keys)]
-    assert keys == KEYS and sum(right) >= 7
+    assert keys == KEYS and sum(right) >= 10
     for name, values in TOKENS.items():
         torch.testing.assert_close(rows[name][0, :8].float(), torch.tensor(values), rtol=0, atol=0.03)
 
 
-@pytest.mark.parametrize("words, shown", [("key song.wav", "song.wav: F minor"), ("show song.wav", "major / F minor"),
+@pytest.mark.parametrize("words, shown", [("key song.wav", "song.wav: Bb minor"), ("show song.wav", "major / Bb minor"),
                                           ("embed . --out e.npz", "of 1 tracks")])
 def test_a_fresh_clone_works_at_once(words, shown, tmp_path):
     sf.write(tmp_path / "song.wav", data.render(data.compose(SONGS[0])), data.SAMPLE_RATE)
