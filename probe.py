@@ -53,7 +53,7 @@ import time
 from collections import Counter, namedtuple
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -1282,6 +1282,7 @@ def print_confusion(outputs, truth, names):
 # ---------------------------------------------------------------- zero-shot key
 
 
+@cache
 def pitch_fork():
     """A clip known to be in C major, (frames, 224) uint8: the cadence C F G C on four timbres (STONE's calibration)."""
     wave = []
