@@ -39,7 +39,7 @@ def test_outputs_stay(found):
     """Within what another processor may change (bf16 against fp32: 0.005): no key, and no token by more than 0.03."""
     keys, rows = found
     right = [probe.ALL_KEYS[data.compose(i)["key"]] == key for i, key in zip(SONGS, keys)]
-    assert keys == KEYS and sum(right) >= 10
+    assert keys == KEYS and sum(right) >= 12
     for name, values in TOKENS.items():
         torch.testing.assert_close(rows[name][0, :8].float(), torch.tensor(values), rtol=0, atol=0.03)
 
