@@ -80,8 +80,8 @@ def template_keys(cqt):
 
     Keep spectral peaks (bins not below their neighbours), whiten them (minus the mean over 13 bins, not below 0),
     average over frames and octaves, the middle octaves weighted most, and correlate this chroma with the 24 rotated
-    profiles: major keys by their tonic, C = 0, then minor keys. No training and no labels. Its parts were chosen on
-    real recordings; log levels instead of magnitudes, peaks and whitening bring most over a plain chroma.
+    profiles: major keys by their tonic, C = 0, then minor keys. No training and no labels; our choice, by trial on real
+    recordings (tests/README.md).
     """
     cqt = cqt.float()
     peaks = cqt.where(cqt >= F.max_pool1d(cqt, 3, stride=1, padding=1), 0)                     # (batch, frames, bins)
@@ -346,7 +346,7 @@ class Template(CPSD):
     CPSD determines the key only up to a per-song offset: on real recordings a network without labels locks to the
     riff, the scale or the tonic of each track. A template without labels (template_keys) removes the offset. S-KEY
     takes the mode from chroma in the same spirit; here the label is the whole key, a soft one, and CPSD keeps the
-    outputs equivariant where the template is unsure. The label is of views 0 and 1 and turns with the crop of view 2.
+    outputs equivariant. The label is of views 0 and 1 and turns with the crop of view 2.
     """
     outputs, needs_spectrogram = 24, True
     SHARPNESS, LABEL = 15.0, 1.0  # of the template's softmax; weight of the label (our choice)
