@@ -50,7 +50,7 @@ import io
 import json
 import re
 import time
-from collections import Counter, namedtuple
+from collections import namedtuple
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache, partial
@@ -154,9 +154,8 @@ def read_beat_times(path):
 # group (an artist, an album) stay on one side. path is None where the audio is missing.
 Track = namedtuple("Track", "name path labels split group")
 # what, obtain, place: for `list` and for the message when files are missing; homes: default folders in datasets/;
-# read(Files) yields Tracks; targets {name: kind in TARGETS}; expected: official number of tracks, (train, valid, test)
-# or in total; broken: names known not to decode.
-Task = namedtuple("Task", "what obtain place homes read targets expected broken", defaults=(None, ()))
+# read(Files) yields Tracks; targets {name: kind in TARGETS}; official: number of tracks; broken: known not to decode.
+Task = namedtuple("Task", "what obtain place homes read targets official broken", defaults=(None, ()))
 
 
 class Files:
@@ -388,16 +387,16 @@ TASKS = {
     "gtzan": Task(
         "genre of 930 clips of 30 s, fault-filtered split", "the GTZAN genre collection (Kaggle: GTZAN Dataset - Music "
         "Genre Classification; Hugging Face: marsyas/gtzan)", "genre folders with blues.00000.wav ...", ("gtzan",),
-        read_gtzan, {"genre": "class"}, (443, 197, 290), ("jazz.00054",)),
+        read_gtzan, {"genre": "class"}, 930, ("jazz.00054",)),
     "gtzan-key": Task(
         "key of GTZAN's clips, filtered split", "GTZAN, and the repository alexanderlerch/gtzan_key",
         "the genre folders and gtzan_key/ with its .lerch.txt files", ("gtzan",),
-        read_gtzan_key, {"key": "key"}, (364, 165, 240), ("jazz.00054",)),
+        read_gtzan_key, {"key": "key"}, 769, ("jazz.00054",)),
     "giantsteps": Task(
         "key of 604 electronic tracks; training: MTG key, split by artist", "the repositories "
         "GiantSteps/giantsteps-key-dataset and GiantSteps/giantsteps-mtg-key-dataset, with their audio scripts",
         "both repositories with their audio/ folders", ("giantsteps",),
-        read_giantsteps, {"key": "key"}, (923, 236, 604)),
+        read_giantsteps, {"key": "key"}, 1763),
     "fmak": Task(
         "key: trained on FMAKv2, tested on GiantSteps", "Zenodo 12759100 (fmakv2.csv), FMA audio, and "
         "giantsteps-key-dataset", "fmakv2.csv, FMA's folders 000/ ..., and giantsteps-key-dataset",
@@ -405,22 +404,22 @@ TASKS = {
     "mtt": Task(
         "50 tags of MagnaTagATune, clips with at least one of them", "The MagnaTagATune Dataset (MIRG, City, "
         "University of London)", "annotations_final.csv and the folders 0/ ... f/", ("mtt",),
-        read_mtt, {"tags": "tags"}, (15247, 1529, 4332)),
+        read_mtt, {"tags": "tags"}, 21108),
     "mtt-all": Task(
         "the same with untagged clips, as in jukemir and Myna", "The MagnaTagATune Dataset (MIRG, City, University of "
         "London)", "annotations_final.csv and the folders 0/ ... f/", ("mtt",),
-        partial(read_mtt, untagged=True), {"tags": "tags"}, (18706, 1825, 5329)),
+        partial(read_mtt, untagged=True), {"tags": "tags"}, 25860),
     "emomusic": Task(
         "arousal and valence of 744 clips", "Emotion in Music Database (University of Geneva)",
         "clips_45seconds/, songs_info.csv and static_annotations.csv", ("emomusic",),
-        read_emomusic, {"emotion": "regression"}, (504, 115, 125)),
+        read_emomusic, {"emotion": "regression"}, 744),
     "medleysolos": Task(
         "8 instruments, 3 s clips", "Zenodo 3464194", "Medley-solos-DB_metadata.csv and the wav files",
-        ("medleysolos",), read_medleysolos, {"instrument": "unbalanced"}, (5841, 3494, 12236)),
+        ("medleysolos",), read_medleysolos, {"instrument": "unbalanced"}, 21571),
     "nsynth": Task(
         "instrument family and pitch of notes", "magenta.tensorflow.org/datasets/nsynth (jsonwav archives)",
         "nsynth-train/, nsynth-valid/ and nsynth-test/, each with examples.json and audio/", ("nsynth",),
-        read_nsynth, {"instrument": "class", "pitch": "class"}, (289205, 12678, 4096)),
+        read_nsynth, {"instrument": "class", "pitch": "class"}, 305979),
     "tinysol": Task(
         "14 instruments and pitch of notes, five folds", "Zenodo 3685367", "TinySOL_metadata.csv and the audio folders",
         ("tinysol",), read_tinysol, {"instrument": "class", "pitch": "class"}, 2913),
@@ -527,26 +526,19 @@ def cut_windows(length, keep_rest=False):
     return spans + [(whole * SEGMENT, length)] if rest else spans
 
 
-def window_batches(tracks, spans, size=128):
-    """Yields (indices, windows (n <= size, frames, 224) uint8): windows of many tracks, of one length each, unpadded.
+def window_batches(tracks, keep_rest=False, size=128, progress=None):
+    """Yields (indices, windows (n <= size, frames, 224) uint8): all windows of tracks [(frames, 224) uint8], unpadded.
 
-    tracks: iterable of (frames, 224) uint8; spans: per track what cut_windows gave. indices counts windows in order.
+    A batch holds windows of one length, of any tracks; indices counts windows in the order of the tracks.
     """
-    waiting, i = {}, 0                                                     # {length: [(index, window)]}
-    for frames, cuts in zip(tracks, spans):
-        for start, stop in cuts:
-            bucket = waiting.setdefault(stop - start, [])
-            bucket.append((i, frames[start:stop]))
-            i += 1
-            if len(bucket) == size:
-                yield stack(waiting.pop(stop - start))
-    for bucket in waiting.values():
-        yield stack(bucket)
-
-
-def stack(bucket):
-    indices, windows = zip(*bucket)
-    return np.array(indices), torch.from_numpy(np.stack(windows))
+    windows = [frames[start:stop] for frames in tracks for start, stop in cut_windows(len(frames), keep_rest)]
+    lengths = np.array([len(window) for window in windows])
+    with tqdm(total=len(windows), desc=progress, unit="window", disable=progress is None, delay=2) as bar:
+        for length in np.unique(lengths):
+            alike = np.flatnonzero(lengths == length)
+            for indices in np.split(alike, range(size, len(alike), size)):
+                yield indices, torch.from_numpy(np.stack([windows[i] for i in indices]))
+                bar.update(len(indices))
 
 
 def views_of(windows, device, crop=PITCH_CROP):
@@ -621,15 +613,15 @@ def extract(model, tracks, device, layers=None, per_frame=False, progress=None):
 
     tracks: [(frames, 224) uint8]; model None gives the raw row; layers: default the last one.
     """
-    spans = [cut_windows(len(t), per_frame) for t in tracks]
-    lengths = [stop - start for cuts in spans for start, stop in cuts]
-    counts = np.array(lengths if per_frame else [1] * len(lengths))        # items of each window
+    spans = [span for frames in tracks for span in cut_windows(len(frames), per_frame)]
+    counts = np.array([stop - start if per_frame else 1 for start, stop in spans])   # items of each window
     begin, arrays = np.cumsum(counts) - counts, {}
-    bar = tqdm(tracks, desc=progress, unit="track", disable=progress is None)
-    for indices, windows in window_batches(bar, spans):
+    for indices, windows in window_batches(tracks, per_frame, progress=progress):
         cqt, mel = views_of(windows, device)
-        rows = network_rows(model, cqt, mel, layers or [model.config["depth"]], per_frame) if model is not None else \
-            raw_rows(cqt, mel, per_frame)
+        if model is None:
+            rows = raw_rows(cqt, mel, per_frame)
+        else:
+            rows = network_rows(model, cqt, mel, layers or [model.config["depth"]], per_frame)
         place = begin[indices][:, None] + np.arange(counts[indices[0]])    # (n, frames or 1)
         for name, value in rows.items():
             if name not in arrays:
@@ -1306,10 +1298,9 @@ def key_outputs(model, tracks, device, crops=range(MAX_CROP + 1)):
     that a window that excludes a key counts for more than one that merely favours it.
     """
     name = model.key_token()
-    spans = [cut_windows(len(t)) for t in tracks]
-    owner = np.repeat(np.arange(len(tracks)), [len(cuts) for cuts in spans])                      # (windows,)
+    owner = np.repeat(np.arange(len(tracks)), [len(cut_windows(len(t))) for t in tracks])         # (windows,)
     logs = torch.zeros(len(owner), model.heads[name].outputs)                                     # (windows, 12 or 24)
-    for indices, windows in window_batches(tqdm(tracks, desc="keys", unit="track", delay=2), spans):
+    for indices, windows in window_batches(tracks, progress="keys"):
         for crop in crops:
             with autocast(device):
                 keys = model.heads[name].keys(model(*views_of(windows, device, crop))[0][name])   # (n, 12 or 24)
@@ -1361,7 +1352,7 @@ def zero_shot(model, tracks, device, truth, tests):
 def class_attention(model, tracks, device):
     """Attention of each class token on the frames of every whole window: (windows, layers, tokens, heads, 126)."""
     first, found = model.class_token_count, {}
-    for indices, windows in window_batches(tracks, [cut_windows(len(t)) for t in tracks]):
+    for indices, windows in window_batches(tracks):
         inside = model(*views_of(windows, device), layers=range(len(model.blocks)))[1]            # inputs of each block
         weights = [block.attention(inside[i])[:, :, :first, first:] for i, block in enumerate(model.blocks)]
         found |= zip(indices, torch.stack(weights, dim=1).transpose(2, 3).cpu())   # (layers, tokens, heads, 126) each
@@ -1379,9 +1370,9 @@ def onset_windows(tracks):
 
 
 def correlations(x, envelope):
-    """Pearson's r of x (..., frames) with the envelope (..., frames) rotated by 0, 1, 2 ... frames: (..., frames)."""
+    """Pearson's r of x (..., frames) with the envelope (..., frames): (...); 0 where one of them is constant."""
     x, envelope = (F.normalize(y - y.mean(dim=-1, keepdim=True), dim=-1) for y in (x, envelope))
-    return torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(envelope).conj(), n=x.shape[-1])
+    return (x * envelope).sum(dim=-1)
 
 
 def self_similarity(x, size):
@@ -1392,20 +1383,12 @@ def self_similarity(x, size):
 
 
 def attention_to_onsets(model, songs, device, prefix=""):
-    """Table: correlation of class-token attention (mean over heads) with the onset envelope, by layer.
-
-    shifted: the mean over windows with a random rotation in each, 100 draws; its interval is what chance gives.
-    """
-    table, rng = {}, np.random.default_rng(0)
+    """Table: correlation of class-token attention (mean over heads) with the onset envelope, by layer, over windows."""
     r = correlations(class_attention(model, songs, device).mean(dim=3), onset_windows(songs)[:, None, None])
-    draws = torch.from_numpy(rng.integers(1, r.shape[-1], (100, len(r))))                         # (100, windows)
+    table = {}                                                                       # r (windows, layers, tokens)
     for layer, token in product(range(r.shape[1]), range(r.shape[2])):
-        mine = r[:, layer, token]                                                                 # (windows, shifts)
-        chance = mine.gather(1, draws.T).mean(dim=0)                                              # (100,)
         row = table.setdefault(f"{prefix}sequence L{layer + 1}", {})
-        row[f"{model.tokens[token]} ~ onsets"] = dict(mean=mine[:, 0].mean().item(), std=mine[:, 0].std().item())
-        row[f"{model.tokens[token]}, shifted"] = dict(
-            mean=chance.mean().item(), std=chance.std().item(), interval=np.percentile(chance, [2.5, 97.5]).tolist())
+        row[f"{model.tokens[token]} ~ onsets"] = mean_of(r[:, layer, token].tolist())
     return table
 
 
@@ -1634,20 +1617,15 @@ def layers_of(args, model):
 
 
 def counts_line(args, tracks, kept):
-    """'926 of 930 files (train 442 of 443, ...), missing: ...', against the official counts where there are any."""
+    """'926 of 930 files; missing or unreadable: ...', against the official number of tracks where there is one."""
     task, there = TASKS.get(args.task), {t.name for t in kept}
-    expected, broken = (task.expected, task.broken) if task else (None, ())
-    official = dict(zip(("train", "valid", "test"), expected)) if isinstance(expected, tuple) else {}
-    total = sum(official.values()) or expected or len(tracks)
-    parts = Counter(t.split for t in kept)
-    named = [part for part in ("train", "valid", "test") if part in official or parts[part]]
-    each = ", ".join(f"{part} {parts[part]}" + (f" of {official[part]}" if part in official else "") for part in named)
+    official, broken = (task.official, task.broken) if task else (None, ())
     lost = [t.name for t in tracks if t.name not in there and t.name not in broken]
-    text = f"{len(kept)} of {total} files" + (f" ({each})" if each else "")
+    text = f"{len(kept)} of {official or len(tracks)} files"
     if lost:
         text += f"; missing or unreadable: {', '.join(lost[:8])}" + (f" and {len(lost) - 8} more" if lost[8:] else "")
-    if expected:
-        complete = not lost and len(tracks) == total
+    if official:
+        complete = not lost and len(tracks) == official
         text += "; complete: the benchmark's set" if complete else "; INCOMPLETE: not comparable with the benchmark"
     return text
 
@@ -1864,15 +1842,14 @@ def print_show(args):
         figures["key"] = plt and draw_key(plt, course)
     weights = class_attention(model, [frames], args.device).mean(dim=3)              # (windows, layers, tokens, 126)
     envelope = onset_windows([frames])                                               # (windows, 126)
-    r = correlations(weights, envelope[:, None, None])[..., 0].mean(dim=0)           # (layers, tokens)
+    r = correlations(weights, envelope[:, None, None]).mean(dim=0)                   # (layers, tokens)
     for t, name in enumerate(model.tokens):
         print(f"{name}: correlation of its attention with onsets, by layer: {' '.join(f'{v:.2f}' for v in r[:, t])}")
-    rows = extract(model, [frames], args.device, layers, per_frame=True)
-    rows = {"spectrogram": extract(None, [frames], args.device, per_frame=True)["raw"]} | rows
-    size = max(16, len(frames) // 1000)                                              # half a second, more in long songs
-    matrices = {name: self_similarity(x, size) for name, x in rows.items()}
     if plt is None:
         return
+    rows = extract(None, [frames], args.device, per_frame=True) | extract(model, [frames], args.device, layers, True)
+    size = max(16, len(frames) // 1000)                                              # half a second, more in long songs
+    matrices = {name: self_similarity(x, size) for name, x in rows.items()}
     first = max(0, len(weights) // 2 - 2)
     middle, begin = slice(first, first + 4), first * SEGMENT * FRAME_SECONDS
     figures["frontend"] = draw_front_end(plt, frames)
@@ -1938,7 +1915,7 @@ def print_emergence(args):
     add_columns(table, attention_to_onsets(model, songs, args.device))
     add_columns(table, attention_to_onsets(untrained(model, args.device), songs, args.device, "untrained "))
     title = (f"emergence: {path} on {len(songs)} songs, in %; chords and beats: linear probe on sequence tokens\n"
-             "~ onsets: 100 r of class-token attention with the onset envelope; shifted: chance")
+             "~ onsets: 100 r of class-token attention with the onset envelope, over windows")
     name = f"emergence-{Path(args.data).resolve().name}" if args.data else "emergence"
     publish(path, name, title, table)
 

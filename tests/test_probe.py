@@ -49,7 +49,7 @@ def test_window_batches_hold_every_window_once_and_nothing_else(size, keep_rest)
     spans = [probe.cut_windows(len(t), keep_rest) for t in tracks]
     expected = [t[start:stop] for t, cuts in zip(tracks, spans) for start, stop in cuts]
     found = {}
-    for indices, windows in probe.window_batches(iter(tracks), spans, size):
+    for indices, windows in probe.window_batches(tracks, keep_rest, size):
         assert len(indices) == len(windows) <= size and windows.dtype == torch.uint8
         assert list(indices) == sorted(indices)
         found |= dict(zip(indices, windows.numpy(), strict=True))
@@ -59,8 +59,8 @@ def test_window_batches_hold_every_window_once_and_nothing_else(size, keep_rest)
 
 def test_windows_of_different_tracks_share_a_batch():
     tracks = [song(length) for length in (126, 40, 252, 40, 77)]
-    batches = list(probe.window_batches(tracks, [probe.cut_windows(len(t)) for t in tracks], 3))
-    assert [(indices.tolist(), windows.shape[1]) for indices, windows in batches] == [([0, 2, 3], 126), ([1, 4], 40), ([5], 77)]
+    batches = list(probe.window_batches(tracks, size=3))
+    assert [(indices.tolist(), windows.shape[1]) for indices, windows in batches] == [([1, 4], 40), ([5], 77), ([0, 2, 3], 126)]
 
 
 # ---------------------------------------------------------------- features
