@@ -340,7 +340,7 @@ def test_every_row_metric_and_share_has_a_cell():
     items, y = problem(tracks=50, spread=0.5)
     x, tracks = items.rows["x"], genre_tracks(y)
     items = items._replace(rows={"good": x * 5, "bad": x * 0})
-    table, remarks, first = probe.probe_targets(items, tracks, {"genre": "unbalanced"}, shares=[0.25], steps=256)
+    table, remarks, first = probe.probe_targets(items, tracks, {"genre": "unbalanced"}, shares=[0.25], steps=128)
     assert list(table) == ["good", "bad", "chosen on validation", "chance"]
     accuracy, mean, share = table["good"]
     assert (accuracy, mean, share) == ("accuracy", "class mean", "accuracy @25 %")
@@ -362,7 +362,7 @@ def test_a_row_is_chosen_by_validation_and_not_by_the_test():
     tested = np.isin(items.owner, np.flatnonzero([t.split == "test" for t in tracks]))
     false[tested] = noise[tested]
     rows = {"false": 5 * false, "honest": x + noise, "untrained a": noise, "untrained b": 5 * x, "raw": 9 * x}
-    table, remarks, _ = probe.probe_targets(items._replace(rows=rows), tracks, {"genre": "class"}, steps=256)
+    table, remarks, _ = probe.probe_targets(items._replace(rows=rows), tracks, {"genre": "class"}, steps=128)
     assert table["false"]["accuracy"]["mean"] < table["honest"]["accuracy"]["mean"]
     assert table["chosen on validation"] == table["false"] and table["untrained, chosen"] == table["untrained b"]
     assert remarks[1:] == ["chosen on validation: " + ", ".join(["false"] * 5),
