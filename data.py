@@ -219,8 +219,8 @@ class CQT(nn.Module):
     of hop; the signal is zero-padded.
 
     The lowest filter lasts 0.6 s, and a kernel that long at every frame is slow. But the filter an octave lower is the
-    same at half the sample rate. So: one FFT of the whole wave, and for every octave the wave at half the rate of the
-    octave above, filtered by the same short kernel (12 x 128 taps) at half the hop (Schoerkhuber and Klapuri 2010).
+    same at half the sample rate. So: filter the top octave with a short kernel (12 x 128 taps), halve the sample rate,
+    use the same kernel at half the hop, and so on (Schoerkhuber and Klapuri 2010).
 
     Raises ValueError if n_bins is not whole octaves, hop cannot be halved that often, or a filter crosses Nyquist.
     """
@@ -238,19 +238,47 @@ class CQT(nn.Module):
         # Not in the state dict: they follow from the arguments.
         self.register_buffer("kernel", kernel, persistent=False)           # (bins_per_octave, n_fft/2 + 1)
         self.register_buffer("ones", torch.ones(self.n_fft), persistent=False)
+        taps, self.centre = half_band_filter()
+        self.register_buffer("taps", taps, persistent=False)               # (95, 32)
 
     def forward(self, wave):
-        samples, octaves = wave.shape[-1], []
-        size = (samples // 8192 + 2) * 8192                                # half a second of zeros against wrap-around
-        whole = torch.fft.rfft(wave, size)                                 # (batch, size/2 + 1)
+        frames, octaves = 1 + wave.shape[-1] // self.hop, []
         for octave in range(self.octaves):
             if octave:
-                wave = change_rate(whole, size, size >> octave)            # (batch, size / 2^octave)
+                wave = halve_rate(wave, self.taps, self.centre)            # (batch, samples / 2^octave)
             spectrum = torch.stft(wave, self.n_fft, self.hop >> octave, window=self.ones, center=True,
                                   pad_mode="constant", return_complex=True)
-            spectrum = spectrum[..., :1 + samples // self.hop]             # (batch, n_fft/2 + 1, frames)
+            spectrum = spectrum[..., :frames]                              # (batch, n_fft/2 + 1, frames)
             octaves.append((self.kernel @ spectrum).abs())                 # (batch, bins_per_octave, frames)
         return torch.cat(octaves[::-1], dim=1)                             # (batch, n_bins, frames), low to high
+
+
+HALF_BLOCK = 32  # samples that one row of the matrix product in halve_rate gives
+
+
+def half_band_filter():
+    """A half-band low-pass (Kaiser window): (inputs, HALF_BLOCK), one shifted copy per output, and its centre tap.
+
+    Flat to 1e-3 up to 23 % of the sample rate, where the next octave's highest filter ends, and 70 dB down where that
+    octave would alias. Every other tap of a half-band filter is 0; the 64 others are at -63, -61 ... 63.
+    """
+    window = torch.kaiser_window(127, periodic=False, beta=6.5, dtype=torch.float64)[::2]
+    taps = torch.sinc(torch.arange(-63, 64, 2, dtype=torch.float64) / 2) * window              # (64,)
+    total = 1 + taps.sum().item()
+    padded = F.pad(taps / total, (0, HALF_BLOCK - 1))                                          # (95,)
+    return torch.stack([padded.roll(i) for i in range(HALF_BLOCK)], dim=1).float(), 1 / total
+
+
+def halve_rate(wave, taps, centre):
+    """(batch, samples) -> (batch, ceil(samples / 2)): low-pass and keep every other sample.
+
+    In blocks it is a matrix product; the CQT is 2.5 times as fast as with FFTs of the whole wave, as in resample.
+    """
+    length = (wave.shape[-1] + 1) // 2
+    pairs = F.pad(wave, (0, -wave.shape[-1] % (2 * HALF_BLOCK))).unflatten(-1, (-1, 2))        # (batch, n, 2)
+    even, odd = pairs.unbind(dim=-1)                                                           # (batch, n) each
+    blocks = F.pad(odd, (32, 31)).unfold(-1, len(taps), HALF_BLOCK)                            # (batch, n / 32, 95)
+    return (centre * even + (blocks @ taps).flatten(1))[:, :length]
 
 
 class Mel(nn.Module):
@@ -388,7 +416,7 @@ def read_index(folder):
 
 def front_end_settings():
     """What the frames of a store depend on beside the music."""
-    return dict(format=2, sample_rate=SAMPLE_RATE, hop=HOP, fmin=FMIN, n_bins=N_BINS, bins_per_octave=BINS_PER_OCTAVE,
+    return dict(format=3, sample_rate=SAMPLE_RATE, hop=HOP, fmin=FMIN, n_bins=N_BINS, bins_per_octave=BINS_PER_OCTAVE,
                 n_fft=N_FFT, n_mels=N_MELS, dynamic_range=DYNAMIC_RANGE, mel_reference=MEL_REFERENCE)
 
 
