@@ -1,0 +1,82 @@
+"""Real recordings: zero-shot keys and retrieval for several checkpoints at once, mean and deviation over them.
+
+    python tests/real.py excerpts --keys held_majority.csv held_agreed.csv --checkpoint out/real-*/checkpoint.pt
+
+Key signature and key in % on each CSV (columns file,key), beside the template and the untrained network. Retrieval:
+two excerpts of a track, NAME_a and NAME_b; top-1 accuracy of finding the other one among all excerpts of the other
+kind, by the cosine of mean features, both ways.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+import probe  # noqa: E402
+from model import load_checkpoint  # noqa: E402
+
+
+def key_columns(outputs, truths, numbers):
+    """{column: score in %} of outputs (tracks, 12 or 24). truths {name: keys}, numbers {name: rows of outputs}."""
+    metrics = ("signature", "accuracy") if outputs.shape[1] == 24 else ("signature",)
+    return {f"{name} {metric}": 100 * probe.Keys.metrics[metric](outputs[numbers[name]], truth)
+            for name, truth in truths.items() for metric in metrics}
+
+
+def retrieval(x, first, second):
+    """Top-1 accuracy in % among features x (tracks, dim): rows `first` find rows `second`, and the other way."""
+    x = F.normalize(x.float() - x.float().mean(dim=0), dim=1)  # a common offset would hide the differences
+    cosine, right = x[first] @ x[second].T, torch.arange(len(first))
+    hits = torch.cat([cosine.argmax(dim=1) == right, cosine.argmax(dim=0) == right])
+    return 100 * hits.float().mean().item()
+
+
+def rows_of(model, tracks, store, prefix, device):
+    """{row: {column: score}} of one network, or of the raw spectrograms (model None)."""
+    features = probe.extract(model, tracks, device)
+    items = probe.make_items(store.lengths, features, per_frame=False)
+    order = np.arange(len(tracks))
+    return {prefix + name: probe.track_mean(x.float(), items.owner, order) for name, x in features.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder")
+    parser.add_argument("--keys", nargs="+", required=True)
+    parser.add_argument("--checkpoint", nargs="+", required=True)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    store, truths, numbers = data.prepare_folders([args.folder]), {}, {}
+    tracks = [store.track(i) for i in range(len(store.paths))]
+    for path in args.keys:
+        labels = data.read_labels(path, "key", store.paths)
+        found = [(i, key) for i, name in enumerate(store.paths) if (key := data.parse_key(labels.get(name, ""))) is not None]
+        numbers[Path(path).stem], truths[Path(path).stem] = map(np.array, zip(*found))
+    stems = {Path(name).stem: i for i, name in enumerate(store.paths) if i in numbers[Path(args.keys[0]).stem]}
+    pairs = [(i, stems[stem[:-1] + "b"]) for stem, i in stems.items() if stem.endswith("_a") and stem[:-1] + "b" in stems]
+    first, second = map(list, zip(*pairs))
+
+    table = {"key template": [key_columns(probe.template_rows(tracks), truths, numbers)]}
+    for path in args.checkpoint:
+        model = load_checkpoint(path, args.device)
+        networks = {"": model} | ({"untrained ": probe.untrained(model, args.device)} if path == args.checkpoint[0] else {})
+        for prefix, network in networks.items():
+            row = key_columns(probe.key_probabilities(network, tracks, args.device).numpy(), truths, numbers)
+            table.setdefault(f"{prefix}{model.key_token()} zero-shot", []).append(row)
+            for name, x in rows_of(network, tracks, store, prefix, args.device).items():
+                table.setdefault(name, []).append({"retrieval": retrieval(x, first, second)})
+    for name, x in rows_of(None, tracks, store, "", args.device).items():
+        table[name] = [{"retrieval": retrieval(x, first, second)}]
+    print(f"{len(args.checkpoint)} networks; retrieval among {len(pairs)} tracks")
+    for name, rows in table.items():
+        cells = [f"{column} {np.mean(values):.1f} ±{np.std(values):4.1f}" for column in rows[0]
+                 if (values := [row[column] for row in rows])]
+        print(f"{name:30} {'   '.join(cells)}")
+
+
+if __name__ == "__main__":
+    data.run_cli(main)
