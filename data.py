@@ -766,15 +766,16 @@ class Segments:
 # differ in which steps are small; A minor has the notes of C major (its relative), so both share one key signature:
 # 12 signatures, 24 keys. Seven semitones are a fifth; keys a fifth apart differ in one note.
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
-# Chords (scale degrees from 0) that may follow each chord; the diminished ones are left out.
-FOLLOWS = {"major": {0: (3, 4, 5, 1, 2), 1: (4, 4, 3), 2: (5, 3), 3: (4, 0, 1), 4: (0, 0, 5, 3), 5: (3, 1, 4, 2)},
-           "minor": {0: (3, 5, 6, 2, 4), 2: (5, 6, 3), 3: (4, 0, 6), 4: (0, 0, 5), 5: (6, 2, 3, 4), 6: (0, 2, 5)}}
-# Modes on the same tonic: (degree that moves, by semitones, degree whose chord becomes diminished and is left out).
-MODES = {"major": {"mixolydian": (6, -1, 2), "lydian": (3, 1, 3)},
-         "minor": {"dorian": (5, 1, 5), "phrygian": (1, -1, 4)}}
+# A loop of chords is a string with one digit a chord: the scale degree of its root, from 0. These may follow each chord;
+# the diminished ones are left out.
+FOLLOWS = {"major": {"0": "34512", "1": "443", "2": "53", "3": "401", "4": "0053", "5": "3142"},
+           "minor": {"0": "35624", "2": "563", "3": "406", "4": "005", "5": "6234", "6": "025"}}
+# Modes on the same tonic: (degree that moves, by semitones, chord that becomes diminished and is left out).
+MODES = {"major": ((6, -1, "2"), (3, 1, "3")),  # mixolydian, lydian
+         "minor": ((5, 1, "5"), (1, -1, "4"))}  # dorian, phrygian
 # Every loop holds a chord with the scale's most flat-ward note and one with its most sharp-ward note: without both, the
 # remaining notes fit two keys.
-EDGES = {"major": ({1, 3}, {2, 4}), "minor": ({3, 5}, {4, 6})}
+EDGES = {"major": ("13", "24"), "minor": ("35", "46")}
 TIMBRES = ("strings", "clarinet", "organ", "flute", "brass", "pluck", "mallet", "epiano")
 SONG_SECONDS = 24
 # Song numbers of each part of the default set. The labels of train are used by probes only.
@@ -782,38 +783,61 @@ SYNTH_SPLITS = {"train": range(0, 1024), "valid": range(1024, 1152), "test": ran
 
 
 def chord_loop(rng, mode, length, left_out):
-    """`length` degrees, each one that may follow the one before, drawn until both edges of the scale occur."""
-    follows, loop = FOLLOWS[mode], []
-    while left_out in loop or not all(edge & set(loop) for edge in EDGES[mode]):
-        loop = [0 if rng.random() < 0.7 else int(rng.choice(list(follows)))]
+    """A loop of `length` chords, each one that may follow the one before, drawn until both edges of the scale occur."""
+    follows, loop = FOLLOWS[mode], ""
+    while left_out in loop or any(set(edge).isdisjoint(loop) for edge in EDGES[mode]):
+        loop = "0" if rng.random() < 0.7 else rng.choice(list(follows))
         while len(loop) < length:
-            loop.append(int(rng.choice(follows[loop[-1]])))
+            loop += rng.choice(list(follows[loop[-1]]))
     return loop
+
+
+def arrangement(rng):
+    """What a song is made from, drawn by rng: key, tempo, instruments, and for each half its chords and style."""
+    tonic, minor = int(rng.integers(12)), int(rng.integers(2))
+    mode = ("major", "minor")[minor]
+    tempo = 70 * (160 / 70) ** rng.random()
+    span = 2 if tempo < 110 else 4                                        # beats a chord lasts: 1.5 to 2.2 s
+    spans = math.ceil(SONG_SECONDS / (span * 60 / tempo))
+    leading_tone = rng.random() < 0.5 and mode == "minor"                 # V instead of v
+    # Verse and chorus: each half has its own loop of chords, so that only the key is common to both. In 60 % of songs
+    # one half is in another mode on the same tonic, as in rock and folk; the label stays.
+    scales, left_out = [list(SCALES[mode]), list(SCALES[mode])], ["none", "none"]
+    if rng.random() < 0.6:
+        half = rng.integers(2)
+        degree, change, left_out[half] = MODES[mode][rng.integers(2)]
+        scales[half][degree] += change
+    lengths = rng.choice([4, 4, 8], 2)
+    loops = [chord_loop(rng, mode, length, chord) for length, chord in zip(lengths, left_out)]
+    rest = rng.integers(1, spans) if rng.random() < 0.3 else -1           # one span of drums alone: "no chord"
+    # The melody keeps its instrument; chords and bass change theirs, as does the style of playing.
+    timbres = rng.permutation(len(TIMBRES))[:5].tolist()                  # melody, then chords and bass of each half
+    halves = [dict(scale=scale, loop=loop, comp=rng.choice(["block", "arpeggio", "offbeat"]),
+                   bass=rng.choice(["root", "walk", "pulse"]), drums=rng.random() < 0.6, dense=rng.uniform(0.5, 0.9))
+              for scale, loop in zip(scales, loops)]
+    # Each part's range starts anywhere: a lowest note common to all songs would give away where a crop was cut.
+    lowest = [int(low + rng.integers(12)) for low in (46, 46, 29)]        # melody, chords, bass (MIDI pitch)
+    return dict(tonic=tonic, mode=mode, key=tonic + 12 * minor, signature=(tonic + 3 * minor) % 12, tempo=tempo,
+                span=span, spans=spans, leading_tone=leading_tone, halves=halves, rest=rest, timbres=timbres,
+                instrument=timbres[0], lowest=lowest)
 
 
 # The parts of an arrangement. Notes are (beat, beats long, MIDI pitch, velocity), from the start of a chord.
 
 
-def accompaniment(style, triad, beats):
-    """A triad as long chords, as an arpeggio, or as short chords off the beat."""
-    if style == "block":
-        return [(b, 1.9, p, 0.5) for b in range(0, beats, 2) for p in triad]
-    if style == "arpeggio":
-        return [(b / 2, 1, (triad + triad[1:2])[b % 4], 0.6) for b in range(2 * beats)]
-    return [(b + 0.5, 0.4, p, 0.5) for b in range(beats) for p in triad]
+def patterns(chord, bass, triad, beats):
+    """Notes of each style of playing the pitches `chord`, and of each style of a bass on `bass`, the root."""
+    return {"block": [(b, 1.9, pitch, 0.5) for b in range(0, beats, 2) for pitch in chord],
+            "arpeggio": [(b / 2, 1, chord[(0, 1, 2, 1)[b % 4]], 0.6) for b in range(2 * beats)],
+            "offbeat": [(b + 0.5, 0.4, pitch, 0.5) for b in range(beats) for pitch in chord],
+            "root": [(0, beats - 0.2, bass, 0.8)],
+            "pulse": [(b, 0.9, bass, 0.8) for b in range(beats)],
+            "walk": [(b, 0.9, bass + step, 0.8) for b, step in zip(range(beats), (*triad, 12))]}
 
 
-def bass_line(style, root, third, fifth, beats):
-    """The root held, the root on every beat, or a walk up the triad."""
-    if style == "root":
-        return [(0, beats - 0.2, root, 0.8)]
-    steps = (0, 0, 0, 0) if style == "pulse" else (0, third, fifth, 12)
-    return [(b, 0.9, root + step, 0.8) for b, step in enumerate(steps[:beats])]
-
-
-def melody_line(rng, place, pitch_of, triad, dense, beats):
+def melody_line(rng, place, pitch_of, chord, dense, beats):
     """A random walk on the scale from degree `place`, on chord notes every two beats: (notes, last degree)."""
-    in_chord = lambda degree: any((pitch_of(degree) - p) % 12 == 0 for p in triad)
+    in_chord = lambda degree: any((pitch_of(degree) - pitch) % 12 == 0 for pitch in chord)
     notes = []
     for eighth in range(2 * beats):
         if rng.random() > dense:
@@ -827,76 +851,51 @@ def melody_line(rng, place, pitch_of, triad, dense, beats):
 
 def drum_hits(rng, dense, beats):
     """[(beat, kind)]"""
-    hits = [(b, kind) for b, kind in enumerate(("kick", "snare", "kick", "snare")[:beats])]
-    return hits + [(b / 2, "hat") for b in range(2 * beats) if rng.random() < dense]
+    hats = [(b / 2, "hat") for b in range(2 * beats) if rng.random() < dense]
+    return [(b, ("kick", "snare")[b % 2]) for b in range(beats)] + hats
+
+
+def above(low, pitch):
+    """The lowest pitch from `low` on that is whole octaves away from `pitch`."""
+    return low + (pitch - low) % 12
+
+
+def play(rng, song):
+    """The score of an arrangement: its notes, drums, chords and beats as in compose."""
+    span, beat, (melody_low, chord_low, bass_low) = song["span"], 60 / song["tempo"], song["lowest"]
+    home, place = above(melody_low, song["tonic"]), int(rng.integers(7, 14))
+    notes, drums, chords = [], [], []
+    for i in range(song["spans"]):
+        start, number = span * beat * i, 2 * i // song["spans"]
+        end, half = start + span * beat, song["halves"][number]
+        if half["drums"] or i == song["rest"]:
+            drums += [(start + b * beat, kind) for b, kind in drum_hits(rng, half["dense"], span)]
+        if i == song["rest"]:
+            chords.append((start, end, 24))
+            continue
+        pitch_of = lambda degree: home + half["scale"][degree % 7] + 12 * (degree // 7)
+        degree = int(half["loop"][i % len(half["loop"])])
+        root = pitch_of(degree)
+        triad = [pitch_of(degree + step) - root for step in (0, 2, 4)]    # semitones above the root
+        triad[1] += song["leading_tone"] and degree == 4
+        chords.append((start, end, root % 12 + 12 * (triad[1] == 3)))
+        chord = sorted(above(chord_low, root + step) for step in triad)
+        styles = patterns(chord, above(bass_low, root), triad, span)
+        melody, place = melody_line(rng, place, pitch_of, chord, half["dense"], span)
+        parts = {1 + 2 * number: styles[half["comp"]], 2 + 2 * number: styles[half["bass"]], 0: melody}
+        for part, line in parts.items():
+            notes += [(start + b * beat, long * beat, pitch, velocity, part) for b, long, pitch, velocity in line]
+    return dict(notes=notes, drums=drums, chords=chords, beats=[b * beat for b in range(span * song["spans"])])
 
 
 def sound_settings(rng):
     """Everything of a song that is no note: levels, tuning, equaliser, room, distortion, noise."""
     return dict(colour=rng.uniform(0.7, 1.4, 5), levels=np.array([1.5, *rng.uniform(0.3, 0.6, 4)]),
-                drum_level=0.2 * 15 ** rng.random(), detune=float(np.clip(rng.normal(0, 0.1), -0.3, 0.3)),
-                noise_seed=int(rng.integers(2 ** 31)), loudness=rng.uniform(-30, -14), swell=rng.uniform(0, 0.4),
+                drum_level=0.2 * 15 ** rng.random(), detune=max(-0.3, min(0.3, rng.normal(0, 0.1))),
+                noise_seed=rng.integers(2 ** 31), loudness=rng.uniform(-30, -14), swell=rng.uniform(0, 0.4),
                 tilt=rng.uniform(-1.5, 1.5), peaks=[(rng.uniform(150, 5000), rng.uniform(-5, 5)) for _ in range(3)],
                 reverb=rng.uniform(0.1, 0.6) if rng.random() < 0.5 else 0.0,
                 drive=rng.uniform(1, 4) if rng.random() < 0.2 else 0.0, noise=rng.uniform(-70, -30))
-
-
-def arrangement(rng):
-    """What a song is made from, drawn by rng: key, tempo, chord loops, instruments, styles. A dictionary."""
-    tonic, mode = int(rng.integers(12)), ("major", "minor")[rng.integers(2)]
-    tempo = float(70 * (160 / 70) ** rng.random())
-    span = 2 if tempo < 110 else 4                                        # beats a chord lasts: 1.5 to 2.2 s
-    spans = math.ceil(SONG_SECONDS / (span * 60 / tempo))
-    harmonic_minor = rng.random() < 0.5
-    # Verse and chorus: each half has its own loop of chords, so that only the key is common to both. In 60 % of songs
-    # one half is in another mode on the same tonic, as in rock and folk; the label stays.
-    scales, left_out = [list(SCALES[mode]), list(SCALES[mode])], [None, None]
-    if rng.random() < 0.6:
-        half = rng.integers(2)
-        degree, change, left_out[half] = MODES[mode][rng.choice(list(MODES[mode]))]
-        scales[half][degree] += change
-    lengths = rng.choice([4, 4, 8], 2)
-    loops = [chord_loop(rng, mode, length, degree) for length, degree in zip(lengths, left_out)]
-    rest = int(rng.integers(1, spans)) if rng.random() < 0.3 else -1      # one span of drums alone: "no chord"
-    # The melody keeps its instrument; chords and bass change theirs, as does the style of playing.
-    timbres = tuple(int(t) for t in rng.permutation(len(TIMBRES))[:5])    # melody, then chords and bass of each half
-    sections = [dict(comp=rng.choice(["block", "arpeggio", "offbeat"]), bass=rng.choice(["root", "walk", "pulse"]),
-                     drums=rng.random() < 0.6, dense=rng.uniform(0.5, 0.9)) for _ in range(2)]
-    # Each part's range starts anywhere: a lowest note common to all songs would give away where a crop was cut.
-    lowest = [int(low + rng.integers(12)) for low in (46, 46, 29)]        # melody, chords, bass (MIDI pitch)
-    return dict(tonic=tonic, mode=mode, key=tonic + 12 * (mode == "minor"), tempo=tempo, span=span, spans=spans,
-                signature=tonic if mode == "major" else (tonic + 3) % 12, instrument=timbres[0],
-                harmonic_minor=harmonic_minor, scales=scales, loops=loops, rest=rest, timbres=timbres,
-                sections=sections, lowest=lowest)
-
-
-def play(rng, song):
-    """The score of an arrangement: its notes, drums and chords as in compose."""
-    span, lowest, beat = song["span"], song["lowest"], 60 / song["tempo"]
-    above = lambda low, pitch: low + (pitch - low) % 12
-    home, place = above(lowest[0], song["tonic"]), int(rng.integers(7, 14))
-    notes, drums, chords = [], [], []
-    for i in range(song["spans"]):
-        half, start = 2 * i // song["spans"], span * beat * i
-        section, scale, loop = (song[name][half] for name in ("sections", "scales", "loops"))
-        pitch_of = lambda degree: home + scale[degree % 7] + 12 * (degree // 7)
-        if section["drums"] or i == song["rest"]:
-            drums += [(start + b * beat, kind) for b, kind in drum_hits(rng, section["dense"], span)]
-        if i == song["rest"]:
-            chords.append((start, start + span * beat, 24))
-            continue
-        degree = loop[i % len(loop)]
-        root, third, fifth = (pitch_of(degree + step) for step in (0, 2, 4))
-        if song["mode"] == "minor" and degree == 4 and song["harmonic_minor"]:
-            third += 1                                                    # the leading tone: V instead of v
-        chords.append((start, start + span * beat, root % 12 + 12 * (third - root == 3)))
-        triad = sorted(above(lowest[1], p) for p in (root, third, fifth))
-        parts = {1 + 2 * half: accompaniment(section["comp"], triad, span),
-                 2 + 2 * half: bass_line(section["bass"], above(lowest[2], root), third - root, fifth - root, span)}
-        parts[0], place = melody_line(rng, place, pitch_of, triad, section["dense"], span)
-        for part, line in parts.items():
-            notes += [(start + b * beat, long * beat, p, velocity, part) for b, long, p, velocity in line]
-    return dict(notes=notes, drums=drums, chords=chords, beats=[b * beat for b in range(span * song["spans"])])
 
 
 def compose(index, seed=0):
@@ -918,24 +917,23 @@ def harmonic_tone(name, h, phase, t, colour):
                  "clarinet": (h % 2) * h ** -colour + 0.04 / h,           # a closed pipe: odd harmonics
                  "brass": h ** (-0.6 * colour) * np.exp(-h / 9),
                  "organ": np.isin(h, (1, 2, 3, 4, 6, 8)) * h ** (-0.5 * colour),
-                 "flute": np.array([1, 0.35, 0.12, 0.04] + [0.0] * 16)[h - 1],
+                 "flute": np.array([1, 0.35, 0.12, 0.04])[:len(h)],
                  "pluck": h ** (-0.8 * colour) * np.abs(np.sin(0.55 * h))}[name]
     # Higher partials decay faster (pluck) or enter later (brass).
-    decay = {"pluck": np.exp(-1.1 * t), "brass": (1 - np.exp(-9 * t)) ** 0.25}.get(name, np.ones_like(t))
-    cosine, previous, current = 2 * np.cos(phase), np.zeros_like(phase), np.sin(phase)
-    envelope, wave = np.ones_like(t), np.zeros_like(t)
+    decay = {"pluck": np.exp(-1.1 * t), "brass": (1 - np.exp(-9 * t)) ** 0.25}.get(name, 1)
+    cosine, previous, current = 2 * np.cos(phase), 0, np.sin(phase)
+    envelope, wave = 1, 0
     for a in amplitude:
         envelope = envelope * decay
-        wave += np.float32(a) * (current * envelope)
+        wave = wave + np.float32(a) * (current * envelope)
         previous, current = current, cosine * current - previous
     return wave
 
 
 def render_note(timbre, pitch, seconds, colour, rng):
     """One note: (samples,) float32. Each timbre is built in its own way; `colour` > 1 is darker."""
-    f = 440 * 2 ** ((pitch - 69) / 12)
+    name, f = TIMBRES[timbre], 440 * 2 ** ((pitch - 69) / 12)
     t = np.arange(int(seconds * SAMPLE_RATE), dtype=np.float32) / SAMPLE_RATE
-    name = TIMBRES[timbre]
     vibrato = {"strings": 0.006, "flute": 0.004}.get(name, 0) * np.sin(2 * np.pi * 5.5 * t) / 5.5
     phase = (2 * np.pi * f * (t + vibrato)).astype(np.float32)
     if name == "mallet":                                                  # a bar's modes are no multiples of each other
@@ -946,9 +944,9 @@ def render_note(timbre, pitch, seconds, colour, rng):
         tine = 0.4 * np.exp(-12 * t) * np.sin(min(7.0, 7000 / f) * phase)
         wave = np.sin(phase + body + tine) * np.exp(-1.2 * t)
     else:
-        wave = harmonic_tone(name, np.arange(1, max(1, min(20, int(7500 / f))) + 1), phase, t, colour)
+        wave = harmonic_tone(name, np.arange(1, min(20, int(7500 / f)) + 1), phase, t, colour)
     if name == "flute":
-        wave = wave + 0.08 * rng.standard_normal(len(t), dtype=np.float32)
+        wave += 0.08 * rng.standard_normal(len(t), dtype=np.float32)
     attack = {"strings": 0.12, "flute": 0.06, "brass": 0.04, "clarinet": 0.03, "organ": 0.01}.get(name, 0.003)
     return (wave * np.minimum(1, t / attack)).astype(np.float32)
 
@@ -957,18 +955,18 @@ def add_notes(mix, song, rng):
     """Add the notes of a score to `mix` (samples,) in place. The longest note of a pitch serves the shorter ones."""
     release, cache = np.linspace(1, 0, int(0.04 * SAMPLE_RATE), dtype=np.float32), {}
     for start, duration, pitch, velocity, part in song["notes"]:
-        begin, length = int(start * SAMPLE_RATE), int(duration * SAMPLE_RATE)
-        if begin + 2 * len(release) >= len(mix):
+        place = mix[int(start * SAMPLE_RATE):][:int(duration * SAMPLE_RATE)]
+        if len(place) <= 2 * len(release):                                # cut off by the end of the song
             continue
-        note = cache.get((part, pitch))
-        if note is None or len(note) < length:
+        note = cache.get((part, pitch), ())
+        if len(note) < int(duration * SAMPLE_RATE):
             colour = song["colour"][part]
             note = render_note(song["timbres"][part], pitch + song["detune"], duration + 0.01, colour, rng)
-            cache[part, pitch] = note
             note /= np.sqrt(np.mean(note[:4000] ** 2)) + 1e-6
-        note = note[:min(length, len(mix) - begin)] * np.float32(velocity * song["levels"][part])
-        note[-len(release):] *= release[:len(note)]
-        mix[begin:begin + len(note)] += note
+            cache[part, pitch] = note
+        note = note[:len(place)] * np.float32(velocity * song["levels"][part])
+        note[-len(release):] *= release
+        place += note
 
 
 def add_drums(mix, song, rng):
@@ -978,9 +976,8 @@ def add_drums(mix, song, rng):
     kit = {"kick": 4 * np.sin(2 * np.pi * (50 * t + 3 * (1 - np.exp(-30 * t)))) * np.exp(-14 * t),
            "snare": 2 * noise * np.exp(-18 * t), "hat": np.diff(noise, append=0) * np.exp(-50 * t)}
     for time, kind in song["drums"]:
-        begin = int(time * SAMPLE_RATE)
-        hit = kit[kind][:max(0, len(mix) - begin)]
-        mix[begin:begin + len(hit)] += np.float32(song["drum_level"]) * hit
+        place = mix[int(time * SAMPLE_RATE):][:len(t)]
+        place += np.float32(song["drum_level"]) * kit[kind][:len(place)]
 
 
 def recorded(mix, song, rng):
@@ -1016,10 +1013,9 @@ def render(song):
 
 def prepare_synth(songs=SYNTH_SPLITS["test"].stop, out="data/synth", seed=0):
     """Frame store of synthetic songs 0 .. songs - 1, through the same path as files. Made once, then cached."""
-    sources = [(f"synth/{i:05d}", lambda i=i: iter([torch.from_numpy(render(compose(i, seed)))])) for i in range(songs)]
+    sources = [(f"synth/{i:05d}", lambda i=i: [torch.from_numpy(render(compose(i, seed)))]) for i in range(songs)]
     rules = Path(__file__).read_text().partition("- synthetic songs\n")[2]  # other rules make other songs
-    settings = settings_of([seed, rules, *(name for name, _ in sources)])
-    return prepare(sources, out, settings, "making synthetic songs")
+    return prepare(sources, out, settings_of([seed, rules, songs]), "making synthetic songs")
 
 
 def main():
