@@ -78,8 +78,7 @@ def run_cli(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a folder without permission
-        print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; "
-              "make room or choose another folder, what was finished is kept", file=sys.stderr)
+        print(f"error: {error}; make room or choose another folder, what was finished is kept", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
@@ -97,9 +96,8 @@ def write_atomic(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    finally:
+        beside.unlink(missing_ok=True)  # only there after a failure
 
 
 # ---------------------------------------------------------------- audio
@@ -110,8 +108,8 @@ AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".au", ".aif
 def change_rate(spectrum, n_in, n_out):
     """Low-pass filter and change the sample rate: rfft (..., n_in/2 + 1) of n_in samples -> (..., n_out) samples.
 
-    The inverse FFT of the lower part of a spectrum, with fewer points, is the same signal at a lower rate. The gain is
-    1 up to 92 % of the lower Nyquist frequency and falls to 0 there, so nothing aliases.
+    The inverse FFT of the lower part of a spectrum is the same signal at a lower rate. The gain is 1 up to 92 % of the
+    lower Nyquist frequency and falls to 0 there, so nothing aliases.
     """
     lower = min(n_in, n_out) // 2                               # FFT bin of the lower Nyquist frequency
     fade = ((torch.arange(lower + 1, device=spectrum.device) / lower - 0.92) / 0.08).clamp(0, 1)
@@ -132,12 +130,10 @@ def resample_blocks(blocks, rate_in, rate_out):
     up, down = rate_out // units_per_second, rate_in // units_per_second
     margin, core = math.ceil(0.1 * units_per_second), math.ceil(1.5 * units_per_second)        # in units
     size = core + 2 * margin
+    end = torch.zeros((core + margin) * down)                   # pushes the last samples out
     buffer, received, sent = torch.zeros(margin * down), 0, 0
-    for block in chain(blocks, [None]):
-        if block is None:                                       # the end: zeros push the last samples out
-            block = torch.zeros((core + margin) * down)
-        else:
-            received += len(block)
+    for block in chain(blocks, [end]):
+        received += 0 if block is end else len(block)
         buffer = torch.cat([buffer, block])                     # (samples,) at rate_in
         if len(buffer) < size * down:
             continue
@@ -201,13 +197,14 @@ def cqt_kernel(frequency, bins_per_octave, sample_rate):
     Q = (r ** 2 + 1) / (r ** 2 - 1)
     if frequency[-1] * (1 + 0.75 / Q) > sample_rate / 2:                   # 1.5 FFT bins: the Hann window's bandwidth
         raise ValueError(f"the filter at {frequency[-1]:.0f} Hz crosses the Nyquist frequency {sample_rate / 2:.0f} Hz")
-    length = Q * sample_rate / frequency                                   # (bins,) samples, not integers
+    frequency = frequency[:, None]                                         # (bins, 1)
+    length = Q * sample_rate / frequency                                   # (bins, 1) samples, not integers
     n_fft = 2 ** math.ceil(math.log2(length.max().item() + 1))
     t = torch.arange(n_fft, dtype=torch.float64) - n_fft // 2              # (n_fft,)
-    window = 0.5 + 0.5 * torch.cos(2 * math.pi * t / length[:, None])      # (bins, n_fft)
-    window = window * (t.abs() < length[:, None] / 2)
+    window = 0.5 + 0.5 * torch.cos(2 * math.pi * t / length)               # (bins, n_fft)
+    window = window * (t.abs() < length / 2)
     window = 2 * window / window.sum(dim=1, keepdim=True)
-    kernel = window * torch.exp(2j * math.pi * frequency[:, None] / sample_rate * t)           # (bins, n_fft)
+    kernel = window * torch.exp(2j * math.pi * frequency / sample_rate * t)                    # (bins, n_fft)
     spectrum = torch.fft.fft(kernel)[:, :n_fft // 2 + 1].conj() / n_fft    # Parseval: inner products need no inverse
     return spectrum.to(torch.complex64)
 
@@ -256,24 +253,25 @@ class CQT(nn.Module):
 class Mel(nn.Module):
     """Mel spectrogram: (batch, samples) -> (batch, n_mels, frames) power, frames = 1 + samples // hop.
 
-    Slaney's mel scale, linear below 1 kHz and logarithmic above, and Slaney's norm (each triangle has area 1 in Hz).
-    Periodic Hann window, centred, zero-padded: the same frame grid as the CQT.
+    Triangles from 0 to f_max (1 kHz or more) on Slaney's mel scale, linear below 1 kHz and logarithmic above, each of
+    area 1 in Hz (Slaney's norm). Periodic Hann window, centred, zero-padded: the same frame grid as the CQT.
     Raises ValueError if f_max exceeds Nyquist or a filter falls between two FFT bins and stays empty.
     """
 
-    def __init__(self, sample_rate=SAMPLE_RATE, n_fft=N_FFT, hop=HOP, n_mels=N_MELS, f_min=0.0, f_max=8000.0):
+    def __init__(self, sample_rate=SAMPLE_RATE, n_fft=N_FFT, hop=HOP, n_mels=N_MELS, f_max=8000.0):
         super().__init__()
         if f_max > sample_rate / 2:
             raise ValueError(f"f_max={f_max} Hz exceeds the Nyquist frequency {sample_rate / 2} Hz")
         self.n_fft, self.hop = n_fft, hop
         step = math.log(6.4) / 27                                          # one mel above 1000 Hz (15 mel)
-        to_mel = lambda f: f * 3 / 200 if f < 1000 else 15 + math.log(f / 1000) / step
-        mel = torch.linspace(to_mel(f_min), to_mel(f_max), n_mels + 2, dtype=torch.float64)    # corners of triangles
-        edge = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * step))       # (n_mels + 2,) Hz
+        top = 15 + math.log(f_max / 1000) / step
+        mel = torch.linspace(0, top, n_mels + 2, dtype=torch.float64)[:, None]                 # corners of triangles
+        edge = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * step))       # (n_mels + 2, 1) Hz
+        left, centre, right = edge[:-2], edge[1:-1], edge[2:]                                  # (n_mels, 1) each
         bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)         # (n_fft/2 + 1,) Hz
-        rising = (bins - edge[:-2, None]) / (edge[1:-1] - edge[:-2])[:, None]                  # (n_mels, n_fft/2 + 1)
-        falling = (edge[2:, None] - bins) / (edge[2:] - edge[1:-1])[:, None]
-        filters = torch.minimum(rising, falling).clamp(min=0) * (2 / (edge[2:] - edge[:-2]))[:, None]
+        rising = (bins - left) / (centre - left)                                               # (n_mels, n_fft/2 + 1)
+        falling = (right - bins) / (right - centre)
+        filters = torch.minimum(rising, falling).clamp(min=0) * (2 / (right - left))
         if (filters.sum(dim=1) == 0).any():
             raise ValueError(f"n_mels={n_mels} is too many for n_fft={n_fft}: a filter holds no FFT bin")
         self.register_buffer("filters", filters.float(), persistent=False)  # (n_mels, n_fft/2 + 1)
@@ -288,9 +286,8 @@ class Mel(nn.Module):
 def log_compress(x, reference=1.0, power=False):
     """Decibels below `reference`, a range of 80 dB mapped to [0, 1].
 
-    `power=False` takes a magnitude (20 log10: a factor of 10 in amplitude is 20 dB = 0.25), `power=True` a power
-    (10 log10). The reference is a constant: a maximum over the clip would make a frame depend on where the clip was
-    cut, one over the batch on its neighbours. Zeros give 0, with gradient 0.
+    x is a magnitude (20 log10: a factor of 10 is 20 dB = 0.25) or a power (10 log10). The reference is a constant, as a
+    maximum would make a frame depend on where its clip was cut. Zeros give 0, with gradient 0.
     """
     factor = 10 if power else 20
     decibels = factor * torch.log10((x / reference).clamp(min=10 ** (-DYNAMIC_RANGE / factor)))
@@ -352,16 +349,17 @@ class FrameStore:
         other = [name for name, value in front_end_settings().items() if self.info.get(name) != value]
         if other:
             raise InputError(f"{folder}: was prepared with another {', '.join(other)}; remove it and prepare it again")
-        entries, binary = read_index(self.folder), self.folder / "frames.bin"
-        self.skipped = [(e["path"], e["error"]) for e in entries if "error" in e]
+        entries = read_index(self.folder)
         tracks = [e for e in entries if "frames" in e]
+        self.skipped = [(e["path"], e["error"]) for e in entries if "error" in e]
         self.paths = [e["path"] for e in tracks]
         self.lengths = np.array([e["frames"] for e in tracks], dtype=np.int64)
         self.starts = np.cumsum(self.lengths) - self.lengths
-        total = int(self.lengths.sum())
-        if not total or not binary.exists() or binary.stat().st_size != total * COLUMNS:
-            raise InputError(f"{folder}: frames.bin is damaged; remove the folder and prepare it again")
-        self.frames = np.asarray(np.memmap(binary, np.uint8, "r", shape=(total, COLUMNS)))
+        try:
+            frames = np.asarray(np.memmap(self.folder / "frames.bin", np.uint8, "r"))
+            self.frames = frames.reshape(self.lengths.sum(), COLUMNS)
+        except (FileNotFoundError, ValueError):
+            raise InputError(f"{folder}: frames.bin is damaged; remove the folder and prepare it again") from None
 
     def track(self, i):
         """(frames, 224) uint8 of track `i`."""
@@ -371,8 +369,7 @@ class FrameStore:
 def read_json(path):
     """The dictionary in a file; an empty one when the file is missing or damaged."""
     try:
-        found = json.loads(path.read_text())
-        return found if isinstance(found, dict) else {}
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
 
@@ -394,8 +391,9 @@ def front_end_settings():
 
 def settings_of(sources):
     """Everything that decides the bytes of a store, with a checksum. sources: what they are made from, plain types."""
-    settings = dict(front_end_settings(), listing=hashlib.sha256(json.dumps(sources).encode()).hexdigest())
-    return dict(settings, checksum=hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
+    digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    settings = dict(front_end_settings(), listing=digest(sources))
+    return dict(settings, checksum=digest(settings)[:16])
 
 
 def walk(folder):
@@ -403,10 +401,12 @@ def walk(folder):
     found, visited = [], set()
     for here, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(here)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in visited)
-        if real not in visited:
-            found += [Path(here, name) for name in names if not name.startswith(".")]
+        if real in visited:
+            folders.clear()
+            continue
         visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(here, name) for name in names if not name.startswith(".")]
     return sorted(found)
 
 
@@ -452,37 +452,9 @@ def locked(folder, taken="another process is preparing it; start again when it i
         yield
 
 
-def prepare(sources, out, settings, label):
-    """Transform `sources` [(name, function that returns blocks of audio)] into the store `out` on all cores.
-
-    The order of `sources` is the order in the store, whatever finishes first. A complete store with the same settings
-    is opened as it is; an incomplete one is completed; other settings start anew. Sources that raise InputError are
-    skipped and listed. Raises InputError when nothing could be read, or another process is preparing the same store.
-    """
-    out = Path(out)
-    info = read_json(out / "store.json")
-    if info.get("checksum") != settings["checksum"] or "tracks" not in info:
-        with locked(out):
-            make_store(sources, out, settings, label)
-    return FrameStore(out)
-
-
-def finished_entries(out, settings):
-    """Entries of an unfinished store of the same settings whose frames are on the disk; a new store has none."""
-    binary = out / "frames.bin"
-    if read_json(out / "store.json").get("checksum") != settings["checksum"]:
-        for name in ("store.json", "index.jsonl", "frames.bin"):
-            (out / name).unlink(missing_ok=True)
-        write_atomic(out / "store.json", json.dumps(settings).encode())
-    entries, size = read_index(out), binary.stat().st_size if binary.exists() else 0
-    ends = np.cumsum([e.get("frames", 0) for e in entries]) * COLUMNS
-    return entries[:np.searchsorted(ends, size, side="right")]  # a power cut can lose frames that the index names
-
-
-def make_store(sources, out, settings, label):
-    """The work of `prepare`. frames.bin and index.jsonl grow track by track and are cut to whole tracks on resuming."""
-    done, front_end = finished_entries(out, settings), FrontEnd()
-    rows = sum(e.get("frames", 0) for e in done)
+def transform(sources):
+    """For each of `sources`, in their order: its entry in index.jsonl and its frames. Computed on all cores."""
+    front_end, threads, workers = FrontEnd(), torch.get_num_threads(), os.cpu_count()
 
     def work(source):
         name, read = source
@@ -492,43 +464,63 @@ def make_store(sources, out, settings, label):
         except InputError as error:
             return dict(path=name, error=str(error)), b""
 
-    threads, workers = torch.get_num_threads(), os.cpu_count() or 1
     # Threads, not processes: decoding and the transforms release Python's lock, and each uses one core.
-    pool = ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1))
-    bar = tqdm(total=len(sources), initial=len(done), desc=label, unit="track", smoothing=0.05)
-    try:
+    with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
+        # A few at a time, so that a long file at the head does not pile up the frames of all behind it.
+        jobs = (pool.submit(work, source) for source in sources)
+        running = deque(islice(jobs, 2 * workers))
+        while running:
+            finished = running.popleft().result()
+            running.extend(islice(jobs, 1))
+            yield finished
+    torch.set_num_threads(threads)
+
+
+def prepare(sources, out, settings, label):
+    """Transform `sources` [(name, function that returns blocks of audio)] into the store `out` on all cores.
+
+    The order of `sources` is the order in the store, whatever finishes first. A complete store with the same settings
+    is opened as it is; an incomplete one is cut to whole tracks and completed; other settings start anew. Sources that
+    raise InputError are skipped and listed. Raises InputError when nothing could be read, or another process is
+    preparing the same store.
+    """
+    out = Path(out)
+    info = read_json(out / "store.json")
+    same = info.get("checksum") == settings["checksum"]
+    if same and "tracks" in info:
+        return FrameStore(out)
+    with locked(out):
+        if not same:
+            for name in ("store.json", "index.jsonl", "frames.bin"):
+                (out / name).unlink(missing_ok=True)
+            write_atomic(out / "store.json", json.dumps(settings).encode())
+        entries = read_index(out)
         with open(out / "frames.bin", "ab") as frames_file, open(out / "index.jsonl", "ab") as index_file:
-            frames_file.truncate(rows * COLUMNS)
+            ends = np.cumsum([0] + [e.get("frames", 0) for e in entries]) * COLUMNS            # bytes before each entry
+            # A power cut can lose frames that the index names.
+            done = entries[:np.searchsorted(ends[1:], frames_file.tell(), side="right")]
+            frames_file.truncate(ends[len(done)])
             index_file.truncate(sum(len(json.dumps(e)) + 1 for e in done))
-            # A few at a time, so that a long file at the head does not pile up the frames of all behind it.
-            jobs = (pool.submit(work, source) for source in sources[len(done):])
-            running = deque(islice(jobs, 2 * workers))
-            while running:
-                entry, frames = running.popleft().result()
-                running.extend(islice(jobs, 1))
+            todo = transform(sources[len(done):])
+            for entry, frames in tqdm(todo, label, total=len(sources), initial=len(done), unit="track"):
                 frames_file.write(frames)
                 frames_file.flush()  # frames before the line that names them
                 index_file.write(json.dumps(entry).encode() + b"\n")
                 index_file.flush()
                 done.append(entry)
-                rows += entry.get("frames", 0)
-                bar.set_postfix_str(f"{rows * FRAME_SECONDS / 3600:.2f} h of music", refresh=False)
-                bar.update()
             os.fsync(frames_file.fileno())
             os.fsync(index_file.fileno())
-    finally:
-        pool.shutdown(cancel_futures=True)
-        bar.close()
-        torch.set_num_threads(threads)
-    skipped = [e["error"] for e in done if "error" in e]
-    for error in skipped:
-        print(f"skipped {error}")
-    if not rows:
-        raise InputError(f"none of {len(done)} files could be read as audio; see the lines above")
-    totals = dict(tracks=len(done) - len(skipped), skipped=len(skipped), hours=rows * FRAME_SECONDS / 3600)
-    write_atomic(out / "store.json", json.dumps(settings | totals).encode())
-    print(f"{out}: {totals['tracks']} tracks, {totals['hours']:.2f} h, {rows * COLUMNS / 1e6:.0f} MB, "
-          f"{len(skipped)} skipped")
+        skipped = [e["error"] for e in done if "error" in e]
+        for error in skipped:
+            print(f"skipped {error}")
+        hours = sum(e.get("frames", 0) for e in done) * FRAME_SECONDS / 3600
+        tracks = len(done) - len(skipped)
+        if not tracks:
+            raise InputError(f"none of {len(done)} files could be read as audio; see the lines above")
+        info = dict(settings, tracks=tracks, skipped=len(skipped), hours=hours)
+        write_atomic(out / "store.json", json.dumps(info).encode())
+    print(f"{out}: {tracks} tracks, {hours:.2f} h, {len(skipped)} skipped")
+    return FrameStore(out)
 
 
 def prepare_files(files, out):
@@ -542,10 +534,10 @@ def prepare_files(files, out):
 
 def prepare_folders(folders, out=None):
     """Frame store of folders of music. `out` defaults to data/NAME-HASH, one per set of folders."""
-    files = find_audio(folders)
-    where = "|".join(str(Path(f).resolve()) for f in folders)
-    default = f"{Path(folders[0]).resolve().name}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
-    return prepare_files(files, out or Path("data") / default)
+    folders = [Path(folder).resolve() for folder in folders]
+    where = "|".join(map(str, folders))
+    default = f"{folders[0].name}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
+    return prepare_files(find_audio(folders), out or Path("data") / default)
 
 
 def open_data(sources):
@@ -553,11 +545,13 @@ def open_data(sources):
     stores = []
     for source in sources:
         if source == "synth":
-            stores.append(prepare_synth())
-            stores[-1].lengths = stores[-1].lengths[:len(SYNTH_SPLITS["train"])]  # no validation and test songs
+            store = prepare_synth()
+            store.lengths = store.lengths[:len(SYNTH_SPLITS["train"])]  # no validation and test songs
+        elif (Path(source) / "store.json").exists():
+            store = FrameStore(source)
         else:
-            prepared = (Path(source) / "store.json").exists()
-            stores.append(FrameStore(source) if prepared else prepare_folders([source]))
+            store = prepare_folders([source])
+        stores.append(store)
     return stores
 
 
@@ -667,22 +661,21 @@ class Segments:
 
     def __init__(self, stores, batch_size, keys=None, mix=None):
         self.stores, self.batch_size, self.mix = stores, batch_size, mix
-        self.offsets = np.cumsum([0] + [len(store.frames) for store in stores])       # of each store's frames in `rows`
-        pieces, labels, first_track = [], [], 0
-        for store, offset in zip(stores, self.offsets):
-            counts = np.where(store.lengths < SEGMENT, 0, np.maximum(1, store.lengths // PIECE))  # (tracks,) pieces
-            track = np.repeat(np.arange(len(counts)), counts)                         # (pieces,)
-            nth = np.arange(len(track)) - np.repeat(np.cumsum(counts) - counts, counts)   # (pieces,) within the track
-            length = store.lengths[track] // counts[track]
-            start = offset + store.starts[track] + nth * length
-            pieces.append(np.stack([start, length, first_track + track], axis=1))
-            labels += [(keys or {}).get(store.paths[t], -1) for t in track]
-            first_track += len(counts)
-        self.sizes = np.array([len(p) for p in pieces])                               # (stores,) pieces of each
-        self.pieces = np.concatenate(pieces)                                         # (pieces, 3): start, length, track
-        self.keys = np.array(labels, dtype=np.int64)                                  # (pieces,)
         self.frames, self.device = None, torch.device("cpu")                          # on a device after to()
-        total, short = len(self.pieces), sum(int((store.lengths < SEGMENT).sum()) for store in stores)
+        self.offsets = np.cumsum([0] + [len(store.frames) for store in stores])       # of each store's frames in `rows`
+        self.numbers, pieces = [], []                                                 # numbers: a store's pieces
+        track, short, keys = 0, 0, keys or {}
+        for store, offset in zip(stores, self.offsets):
+            first = len(pieces)
+            for path, start, length in zip(store.paths, store.starts, store.lengths):
+                count = max(1, length // PIECE) if length >= SEGMENT else 0
+                for i in range(count):
+                    size = length // count
+                    pieces.append((offset + start + i * size, size, track, keys.get(path, -1)))
+                short += count == 0
+                track += 1
+            self.numbers.append(np.arange(first, len(pieces)))
+        self.pieces, total = np.array(pieces), len(pieces)                            # (pieces, 4)
         if total == 0:
             raise InputError("every track is shorter than one 4 s segment; give longer recordings")
         if total < batch_size:
@@ -698,7 +691,7 @@ class Segments:
 
     def to(self, device):
         """Keep the frames of all stores on a device: gather() then takes rows that are there. Returns self."""
-        self.frames = torch.cat([torch.from_numpy(np.array(store.frames)) for store in self.stores]).to(device)
+        self.frames = torch.from_numpy(np.concatenate([store.frames for store in self.stores])).to(device)
         self.device = self.frames.device
         return self
 
@@ -707,33 +700,31 @@ class Segments:
         if not self.mix:
             return rng.choice(len(self.pieces), self.batch_size, replace=False)
         counts = rng.multinomial(self.batch_size, np.array(self.mix) / sum(self.mix))
-        while (counts > self.sizes).any():  # small stores are exhausted; the others fill the batch
-            counts = np.minimum(counts, self.sizes)
-            room = (counts < self.sizes) * np.array(self.mix)
+        sizes = np.array([len(numbers) for numbers in self.numbers])
+        while (counts > sizes).any():  # small stores are exhausted; the others fill the batch
+            counts = np.minimum(counts, sizes)
+            room = (counts < sizes) * np.array(self.mix)
             counts += rng.multinomial(self.batch_size - counts.sum(), room / room.sum())
-        first = np.cumsum(self.sizes) - self.sizes
-        drawn = [start + rng.choice(size, count, replace=False)
-                 for start, size, count in zip(first, self.sizes, counts)]
+        drawn = [rng.choice(numbers, count, replace=False) for numbers, count in zip(self.numbers, counts)]
         return rng.permutation(np.concatenate(drawn))
 
     def draw(self, seed, step, views=3, mask=0.0, share=slice(None)):
         """As batch(), with `rows` (views, share, kept), frame numbers over all stores, in place of the frames."""
-        rng = np.random.default_rng([seed, step])
-        number = self.draw_pieces(rng)                                                # (batch,)
-        begin, length, track = self.pieces[number].T                                  # (batch,) each
+        rng, size = np.random.default_rng([seed, step]), self.batch_size
+        begin, length, track, key = self.pieces[self.draw_pieces(rng)].T              # (batch,) each
         room = length - 2 * SEGMENT
-        first, second = np.sort(rng.integers(0, np.maximum(room, 0) + 1, (2, self.batch_size)), axis=0)
-        apart = np.stack([first, second + SEGMENT])                                   # (2, batch)
-        anywhere = rng.integers(0, length - SEGMENT + 1, (2, self.batch_size))
+        apart = np.sort(rng.integers(0, np.maximum(room, 0) + 1, (2, size)), axis=0)  # (2, batch)
+        apart[1] += SEGMENT
+        anywhere = rng.integers(0, length - SEGMENT + 1, (2, size))
         start = np.where(room >= 0, apart, anywhere) + begin
-        start = np.where(rng.random(self.batch_size) < 0.5, start, start[::-1])       # A is not always first
+        start = np.where(rng.random(size) < 0.5, start, start[::-1])                  # A is not always first
         start = start[[0, 1, 0]][:views]                                              # (views, batch)
-        crop = np.full(self.batch_size, rng.integers(0, MAX_CROP + 1))                # one a step, see the class
-        other = (crop + rng.integers(1, MAX_CROP + 1, self.batch_size)) % (MAX_CROP + 1)   # uniform, never the same
+        crop = np.full(size, rng.integers(0, MAX_CROP + 1))                           # one a step, see the class
+        other = (crop + rng.integers(1, MAX_CROP + 1, size)) % (MAX_CROP + 1)         # uniform, never the same
         crops = np.stack([crop, crop, other])[:views]
-        positions = kept_positions(rng, (views, self.batch_size), SEGMENT, mask)[:, share]  # (views, share, kept)
-        drawn = dict(rows=start[:, share, None] + positions, crops=crops, positions=positions,
-                     keys=self.keys[number], tracks=track)
+        positions = kept_positions(rng, (views, size), SEGMENT, mask)[:, share]       # (views, share, kept)
+        rows = start[:, share, None] + positions
+        drawn = dict(rows=rows, crops=crops, positions=positions, keys=key, tracks=track)
         return {name: torch.from_numpy(values) for name, values in drawn.items()}
 
     def gather(self, rows):
@@ -849,53 +840,39 @@ def melody_line(rng, place, pitch_of, chord, dense, beats):
     return notes, place
 
 
-def drum_hits(rng, dense, beats):
-    """[(beat, kind)]"""
-    hats = [(b / 2, "hat") for b in range(2 * beats) if rng.random() < dense]
-    return [(b, ("kick", "snare")[b % 2]) for b in range(beats)] + hats
-
-
 def above(low, pitch):
-    """The lowest pitch from `low` on that is whole octaves away from `pitch`."""
+    """`pitch`, moved by whole octaves into the octave from `low`."""
     return low + (pitch - low) % 12
 
 
 def play(rng, song):
     """The score of an arrangement: its notes, drums, chords and beats as in compose."""
-    span, beat, (melody_low, chord_low, bass_low) = song["span"], 60 / song["tempo"], song["lowest"]
-    home, place = above(melody_low, song["tonic"]), int(rng.integers(7, 14))
+    span, beat, lowest = song["span"], 60 / song["tempo"], song["lowest"]
+    home, place = above(lowest[0], song["tonic"]), int(rng.integers(7, 14))
+    length = span * beat                                                  # seconds a chord lasts
     notes, drums, chords = [], [], []
     for i in range(song["spans"]):
-        start, number = span * beat * i, 2 * i // song["spans"]
-        end, half = start + span * beat, song["halves"][number]
+        start, number = length * i, 2 * i // song["spans"]
+        half = song["halves"][number]
         if half["drums"] or i == song["rest"]:
-            drums += [(start + b * beat, kind) for b, kind in drum_hits(rng, half["dense"], span)]
+            drums += [(start + b * beat, ("kick", "snare")[b % 2]) for b in range(span)]
+            drums += [(start + b / 2 * beat, "hat") for b in range(2 * span) if rng.random() < half["dense"]]
         if i == song["rest"]:
-            chords.append((start, end, 24))
+            chords.append((start, start + length, 24))
             continue
         pitch_of = lambda degree: home + half["scale"][degree % 7] + 12 * (degree // 7)
         degree = int(half["loop"][i % len(half["loop"])])
         root = pitch_of(degree)
         triad = [pitch_of(degree + step) - root for step in (0, 2, 4)]    # semitones above the root
         triad[1] += song["leading_tone"] and degree == 4
-        chords.append((start, end, root % 12 + 12 * (triad[1] == 3)))
-        chord = sorted(above(chord_low, root + step) for step in triad)
-        styles = patterns(chord, above(bass_low, root), triad, span)
-        melody, place = melody_line(rng, place, pitch_of, chord, half["dense"], span)
-        parts = {1 + 2 * number: styles[half["comp"]], 2 + 2 * number: styles[half["bass"]], 0: melody}
+        chords.append((start, start + length, root % 12 + 12 * (triad[1] == 3)))
+        chord = sorted(above(lowest[1], root + step) for step in triad)
+        styles = patterns(chord, above(lowest[2], root), triad, span)
+        parts = {1 + 2 * number: styles[half["comp"]], 2 + 2 * number: styles[half["bass"]]}
+        parts[0], place = melody_line(rng, place, pitch_of, chord, half["dense"], span)
         for part, line in parts.items():
             notes += [(start + b * beat, long * beat, pitch, velocity, part) for b, long, pitch, velocity in line]
     return dict(notes=notes, drums=drums, chords=chords, beats=[b * beat for b in range(span * song["spans"])])
-
-
-def sound_settings(rng):
-    """Everything of a song that is no note: levels, tuning, equaliser, room, distortion, noise."""
-    return dict(colour=rng.uniform(0.7, 1.4, 5), levels=np.array([1.5, *rng.uniform(0.3, 0.6, 4)]),
-                drum_level=0.2 * 15 ** rng.random(), detune=max(-0.3, min(0.3, rng.normal(0, 0.1))),
-                noise_seed=rng.integers(2 ** 31), loudness=rng.uniform(-30, -14), swell=rng.uniform(0, 0.4),
-                tilt=rng.uniform(-1.5, 1.5), peaks=[(rng.uniform(150, 5000), rng.uniform(-5, 5)) for _ in range(3)],
-                reverb=rng.uniform(0.1, 0.6) if rng.random() < 0.5 else 0.0,
-                drive=rng.uniform(1, 4) if rng.random() < 0.2 else 0.0, noise=rng.uniform(-70, -30))
 
 
 def compose(index, seed=0):
@@ -903,12 +880,18 @@ def compose(index, seed=0):
 
     Keys: tonic 0..11, mode, key (0..23), signature (tonic of the major key with the same notes), instrument (index into
     TIMBRES of the melody), tempo (beats per minute), chords [(start, end, class)] in seconds, class = root + 12 * minor
-    or 24 for none, beats [s], notes [(start, duration, MIDI pitch, velocity, part)], drums [(time, kind)], and what
-    arrangement and sound_settings drew.
+    or 24 for none, beats [s], notes [(start, duration, MIDI pitch, velocity, part)], drums [(time, kind)]; and what
+    render needs beside the score: levels, tuning, equaliser, room, distortion, noise.
     """
     rng = np.random.default_rng([seed, index])
     song = arrangement(rng)
-    return song | play(rng, song) | sound_settings(rng)
+    return song | play(rng, song) | dict(
+        colour=rng.uniform(0.7, 1.4, 5), levels=[1.5, *rng.uniform(0.3, 0.6, 4)], drum_level=0.2 * 15 ** rng.random(),
+        detune=max(-0.3, min(0.3, rng.normal(0, 0.1))), noise_seed=rng.integers(2 ** 31),
+        loudness=rng.uniform(-30, -14), swell=rng.uniform(0, 0.4), tilt=rng.uniform(-1.5, 1.5),
+        peaks=[(rng.uniform(150, 5000), rng.uniform(-5, 5)) for _ in range(3)],
+        reverb=rng.uniform(0.1, 0.6) if rng.random() < 0.5 else 0.0,
+        drive=rng.uniform(1, 4) if rng.random() < 0.2 else 0.0, noise=rng.uniform(-70, -30))
 
 
 def harmonic_tone(name, h, phase, t, colour):

@@ -319,7 +319,7 @@ def test_notes_and_chords_stay_in_the_scale_of_their_half():
     modal = 0
     for song in map(compose, range(60)):
         spans, middle = len(song["chords"]), song["chords"][(len(song["chords"]) + 1) // 2][0]
-        leading, halves = (song["tonic"] - 1) % 12, [{(song["tonic"] + s) % 12 for s in scale} for scale in song["scales"]]
+        leading, halves = (song["tonic"] - 1) % 12, [{(song["tonic"] + s) % 12 for s in half["scale"]} for half in song["halves"]]
         for start, _, pitch, _, _ in song["notes"]:
             scale = halves[int(start > middle - 1e-6)]
             assert pitch % 12 in scale or (song["mode"] == "minor" and pitch % 12 == leading)
