@@ -243,8 +243,8 @@ class CQT(nn.Module):
         for octave in range(self.octaves):
             if octave:
                 wave = change_rate(whole, size, size >> octave)            # (batch, size / 2^octave)
-            spectrum = torch.stft(wave, self.n_fft, self.hop >> octave, window=self.ones, center=True,
-                                  pad_mode="constant", return_complex=True)
+            spectrum = torch.stft(wave, self.n_fft, self.hop >> octave, window=self.ones, pad_mode="constant",
+                                  return_complex=True)
             spectrum = spectrum[..., :1 + samples // self.hop]             # (batch, n_fft/2 + 1, frames)
             octaves.append((self.kernel @ spectrum).abs())                 # (batch, bins_per_octave, frames)
         return torch.cat(octaves[::-1], dim=1)                             # (batch, n_bins, frames), low to high
@@ -278,7 +278,7 @@ class Mel(nn.Module):
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
     def forward(self, wave):
-        spectrum = torch.stft(wave, self.n_fft, self.hop, window=self.window, center=True, pad_mode="constant",
+        spectrum = torch.stft(wave, self.n_fft, self.hop, window=self.window, pad_mode="constant",
                               return_complex=True)                         # (batch, n_fft/2 + 1, frames)
         return self.filters @ (spectrum.real ** 2 + spectrum.imag ** 2)    # (batch, n_mels, frames)
 
@@ -344,8 +344,7 @@ class FrameStore:
         self.folder = Path(folder)
         self.info = read_json(self.folder / "store.json")
         if "tracks" not in self.info:
-            raise InputError(f"{folder}: is not a complete frame store; make one with: "
-                             f"python data.py FOLDER --out {folder}")
+            raise InputError(f"{folder}: is not a complete store; make one with: python data.py FOLDER --out {folder}")
         other = [name for name, value in front_end_settings().items() if self.info.get(name) != value]
         if other:
             raise InputError(f"{folder}: was prepared with another {', '.join(other)}; remove it and prepare it again")
@@ -436,10 +435,7 @@ def find_audio(folders):
 
 @contextmanager
 def locked(folder, taken="another process is preparing it; start again when it is done"):
-    """Make `folder` and lock it for this process, however that ends. Raises InputError with `taken` if it is locked.
-
-    Without effect on Windows and on file systems without locks.
-    """
+    """Make `folder` and lock it for this process, however that ends. Raises InputError with `taken` if it is locked."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "wb") as file:
         try:
@@ -526,7 +522,7 @@ def prepare(sources, out, settings, label):
 def prepare_files(files, out):
     """Frame store `out` of files [(name, path)], each name once. See prepare.
 
-    Names and sizes are its identity: a file that grows, shrinks or goes while it is read makes the next run start anew.
+    Names and sizes are its identity: a file that changes its size or goes makes the next run start anew.
     """
     sizes = [(name, path.stat().st_size if path.exists() else -1) for name, path in files]
     return prepare([(name, partial(read_audio, path)) for name, path in files], out, settings_of(sizes), "preparing")
@@ -757,8 +753,8 @@ class Segments:
 # differ in which steps are small; A minor has the notes of C major (its relative), so both share one key signature:
 # 12 signatures, 24 keys. Seven semitones are a fifth; keys a fifth apart differ in one note.
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
-# A loop of chords is a string with one digit a chord: the scale degree of its root, from 0. These may follow each chord;
-# the diminished ones are left out.
+# A loop of chords is a string, one digit a chord: the scale degree of its root, from 0. What may follow each chord; the
+# diminished ones are left out.
 FOLLOWS = {"major": {"0": "34512", "1": "443", "2": "53", "3": "401", "4": "0053", "5": "3142"},
            "minor": {"0": "35624", "2": "563", "3": "406", "4": "005", "5": "6234", "6": "025"}}
 # Modes on the same tonic: (degree that moves, by semitones, chord that becomes diminished and is left out).
@@ -793,19 +789,19 @@ def arrangement(rng):
     leading_tone = rng.random() < 0.5 and mode == "minor"                 # V instead of v
     # Verse and chorus: each half has its own loop of chords, so that only the key is common to both. In 60 % of songs
     # one half is in another mode on the same tonic, as in rock and folk; the label stays.
-    scales, left_out = [list(SCALES[mode]), list(SCALES[mode])], ["none", "none"]
+    halves = [dict(scale=list(SCALES[mode]), left_out="none") for _ in range(2)]
     if rng.random() < 0.6:
-        half = rng.integers(2)
-        degree, change, left_out[half] = MODES[mode][rng.integers(2)]
-        scales[half][degree] += change
-    lengths = rng.choice([4, 4, 8], 2)
-    loops = [chord_loop(rng, mode, length, chord) for length, chord in zip(lengths, left_out)]
+        half = halves[rng.integers(2)]
+        degree, change, half["left_out"] = MODES[mode][rng.integers(2)]
+        half["scale"][degree] += change
+    for half, length in zip(halves, rng.choice([4, 4, 8], 2)):
+        half["loop"] = chord_loop(rng, mode, length, half["left_out"])
     rest = rng.integers(1, spans) if rng.random() < 0.3 else -1           # one span of drums alone: "no chord"
     # The melody keeps its instrument; chords and bass change theirs, as does the style of playing.
     timbres = rng.permutation(len(TIMBRES))[:5].tolist()                  # melody, then chords and bass of each half
-    halves = [dict(scale=scale, loop=loop, comp=rng.choice(["block", "arpeggio", "offbeat"]),
-                   bass=rng.choice(["root", "walk", "pulse"]), drums=rng.random() < 0.6, dense=rng.uniform(0.5, 0.9))
-              for scale, loop in zip(scales, loops)]
+    for half in halves:
+        half |= dict(chords=rng.choice(["block", "arpeggio", "offbeat"]), bass=rng.choice(["root", "walk", "pulse"]),
+                     drums=rng.random() < 0.6, dense=rng.uniform(0.5, 0.9))
     # Each part's range starts anywhere: a lowest note common to all songs would give away where a crop was cut.
     lowest = [int(low + rng.integers(12)) for low in (46, 46, 29)]        # melody, chords, bass (MIDI pitch)
     return dict(tonic=tonic, mode=mode, key=tonic + 12 * minor, signature=(tonic + 3 * minor) % 12, tempo=tempo,
@@ -868,7 +864,7 @@ def play(rng, song):
         chords.append((start, start + length, root % 12 + 12 * (triad[1] == 3)))
         chord = sorted(above(lowest[1], root + step) for step in triad)
         styles = patterns(chord, above(lowest[2], root), triad, span)
-        parts = {1 + 2 * number: styles[half["comp"]], 2 + 2 * number: styles[half["bass"]]}
+        parts = {1 + 2 * number: styles[half["chords"]], 2 + 2 * number: styles[half["bass"]]}
         parts[0], place = melody_line(rng, place, pitch_of, chord, half["dense"], span)
         for part, line in parts.items():
             notes += [(start + b * beat, long * beat, pitch, velocity, part) for b, long, pitch, velocity in line]
@@ -963,22 +959,6 @@ def add_drums(mix, song, rng):
         place += np.float32(song["drum_level"]) * kit[kind][:len(place)]
 
 
-def recorded(mix, song, rng):
-    """`mix` through an equaliser and a room, both filters, in one product of spectra: (samples,)."""
-    spectrum = np.fft.rfft(mix, 2 * len(mix))
-    frequency = np.fft.rfftfreq(2 * len(mix), 1 / SAMPLE_RATE) + 1
-    decibels = song["tilt"] * np.log2(frequency / 800)
-    for centre, gain in song["peaks"]:
-        decibels += gain * np.exp(-0.5 * (np.log2(frequency / centre) / 0.5) ** 2)
-    spectrum *= 10 ** (np.clip(decibels, -30, 20) / 20)
-    if song["reverb"]:
-        tail = np.arange(SAMPLE_RATE) / SAMPLE_RATE
-        room = song["reverb"] * 0.03 * rng.standard_normal(SAMPLE_RATE) * np.exp(-tail * 7)
-        room[0] = 1
-        spectrum *= np.fft.rfft(room, 2 * len(mix))
-    return np.fft.irfft(spectrum)[:len(mix)]
-
-
 def render(song):
     """Score to sound: (SONG_SECONDS * 16000,) float32 with drums, room, equaliser, noise and a level of its own."""
     rng = np.random.default_rng(song["noise_seed"])
@@ -987,7 +967,19 @@ def render(song):
     add_drums(mix, song, rng)
     if song["drive"]:
         mix = np.tanh(song["drive"] * mix / (3 * mix.std() + 1e-6))
-    mix = recorded(mix, song, rng)
+    # The equaliser and the room are filters: products of spectra, twice as long against wrap-around.
+    spectrum = np.fft.rfft(mix, 2 * len(mix))
+    frequency = np.fft.rfftfreq(2 * len(mix), 1 / SAMPLE_RATE) + 1
+    decibels = song["tilt"] * np.log2(frequency / 800)
+    for centre, gain in song["peaks"]:
+        decibels += gain * np.exp(-0.5 * (np.log2(frequency / centre) / 0.5) ** 2)
+    spectrum *= 10 ** (np.clip(decibels, -30, 20) / 20)
+    if song["reverb"]:
+        t = np.arange(SAMPLE_RATE) / SAMPLE_RATE
+        room = song["reverb"] * 0.03 * rng.standard_normal(len(t)) * np.exp(-t * 7)
+        room[0] = 1
+        spectrum *= np.fft.rfft(room, 2 * len(mix))
+    mix = np.fft.irfft(spectrum)[:len(mix)]
     mix *= 1 + song["swell"] * np.sin(2 * np.pi * np.arange(len(mix)) / len(mix) * 1.5)
     mix *= 10 ** (song["loudness"] / 20) / (mix.std() + 1e-6)
     mix += 10 ** (song["noise"] / 20) * rng.standard_normal(len(mix))
