@@ -78,8 +78,7 @@ def run_cli(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a folder without permission
-        print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; "
-              "make room or choose another folder, what was finished is kept", file=sys.stderr)
+        print(f"error: {error}; make room or choose another folder, what was finished is kept", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
@@ -97,9 +96,8 @@ def write_atomic(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    finally:
+        beside.unlink(missing_ok=True)  # only there after a failure
 
 
 # ---------------------------------------------------------------- audio
@@ -110,8 +108,8 @@ AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".au", ".aif
 def change_rate(spectrum, n_in, n_out):
     """Low-pass filter and change the sample rate: rfft (..., n_in/2 + 1) of n_in samples -> (..., n_out) samples.
 
-    The inverse FFT of the lower part of a spectrum, with fewer points, is the same signal at a lower rate. The gain is
-    1 up to 92 % of the lower Nyquist frequency and falls to 0 there, so nothing aliases.
+    The inverse FFT of the lower part of a spectrum is the same signal at a lower rate. The gain is 1 up to 92 % of the
+    lower Nyquist frequency and falls to 0 there, so nothing aliases.
     """
     lower = min(n_in, n_out) // 2                               # FFT bin of the lower Nyquist frequency
     fade = ((torch.arange(lower + 1, device=spectrum.device) / lower - 0.92) / 0.08).clamp(0, 1)
@@ -132,12 +130,10 @@ def resample_blocks(blocks, rate_in, rate_out):
     up, down = rate_out // units_per_second, rate_in // units_per_second
     margin, core = math.ceil(0.1 * units_per_second), math.ceil(1.5 * units_per_second)        # in units
     size = core + 2 * margin
+    end = torch.zeros((core + margin) * down)                   # pushes the last samples out
     buffer, received, sent = torch.zeros(margin * down), 0, 0
-    for block in chain(blocks, [None]):
-        if block is None:                                       # the end: zeros push the last samples out
-            block = torch.zeros((core + margin) * down)
-        else:
-            received += len(block)
+    for block in chain(blocks, [end]):
+        received += 0 if block is end else len(block)
         buffer = torch.cat([buffer, block])                     # (samples,) at rate_in
         if len(buffer) < size * down:
             continue
@@ -201,13 +197,14 @@ def cqt_kernel(frequency, bins_per_octave, sample_rate):
     Q = (r ** 2 + 1) / (r ** 2 - 1)
     if frequency[-1] * (1 + 0.75 / Q) > sample_rate / 2:                   # 1.5 FFT bins: the Hann window's bandwidth
         raise ValueError(f"the filter at {frequency[-1]:.0f} Hz crosses the Nyquist frequency {sample_rate / 2:.0f} Hz")
-    length = Q * sample_rate / frequency                                   # (bins,) samples, not integers
+    frequency = frequency[:, None]                                         # (bins, 1)
+    length = Q * sample_rate / frequency                                   # (bins, 1) samples, not integers
     n_fft = 2 ** math.ceil(math.log2(length.max().item() + 1))
     t = torch.arange(n_fft, dtype=torch.float64) - n_fft // 2              # (n_fft,)
-    window = 0.5 + 0.5 * torch.cos(2 * math.pi * t / length[:, None])      # (bins, n_fft)
-    window = window * (t.abs() < length[:, None] / 2)
+    window = 0.5 + 0.5 * torch.cos(2 * math.pi * t / length)               # (bins, n_fft)
+    window = window * (t.abs() < length / 2)
     window = 2 * window / window.sum(dim=1, keepdim=True)
-    kernel = window * torch.exp(2j * math.pi * frequency[:, None] / sample_rate * t)           # (bins, n_fft)
+    kernel = window * torch.exp(2j * math.pi * frequency / sample_rate * t)                    # (bins, n_fft)
     spectrum = torch.fft.fft(kernel)[:, :n_fft // 2 + 1].conj() / n_fft    # Parseval: inner products need no inverse
     return spectrum.to(torch.complex64)
 
@@ -246,8 +243,8 @@ class CQT(nn.Module):
         for octave in range(self.octaves):
             if octave:
                 wave = halve_rate(wave, self.taps, self.centre)            # (batch, samples / 2^octave)
-            spectrum = torch.stft(wave, self.n_fft, self.hop >> octave, window=self.ones, center=True,
-                                  pad_mode="constant", return_complex=True)
+            spectrum = torch.stft(wave, self.n_fft, self.hop >> octave, window=self.ones, pad_mode="constant",
+                                  return_complex=True)
             spectrum = spectrum[..., :frames]                              # (batch, n_fft/2 + 1, frames)
             octaves.append((self.kernel @ spectrum).abs())                 # (batch, bins_per_octave, frames)
         return torch.cat(octaves[::-1], dim=1)                             # (batch, n_bins, frames), low to high
@@ -272,7 +269,7 @@ def half_band_filter():
 def halve_rate(wave, taps, centre):
     """(batch, samples) -> (batch, ceil(samples / 2)): low-pass and keep every other sample.
 
-    In blocks it is a matrix product; the CQT is 2.5 times as fast as with FFTs of the whole wave, as in resample.
+    In blocks it is a matrix product; the CQT is 2.5 times as fast as with FFTs of the whole wave.
     """
     length = (wave.shape[-1] + 1) // 2
     pairs = F.pad(wave, (0, -wave.shape[-1] % (2 * HALF_BLOCK))).unflatten(-1, (-1, 2))        # (batch, n, 2)
@@ -284,31 +281,32 @@ def halve_rate(wave, taps, centre):
 class Mel(nn.Module):
     """Mel spectrogram: (batch, samples) -> (batch, n_mels, frames) power, frames = 1 + samples // hop.
 
-    Slaney's mel scale, linear below 1 kHz and logarithmic above, and Slaney's norm (each triangle has area 1 in Hz).
-    Periodic Hann window, centred, zero-padded: the same frame grid as the CQT.
+    Triangles from 0 to f_max (1 kHz or more) on Slaney's mel scale, linear below 1 kHz and logarithmic above, each of
+    area 1 in Hz (Slaney's norm). Periodic Hann window, centred, zero-padded: the same frame grid as the CQT.
     Raises ValueError if f_max exceeds Nyquist or a filter falls between two FFT bins and stays empty.
     """
 
-    def __init__(self, sample_rate=SAMPLE_RATE, n_fft=N_FFT, hop=HOP, n_mels=N_MELS, f_min=0.0, f_max=8000.0):
+    def __init__(self, sample_rate=SAMPLE_RATE, n_fft=N_FFT, hop=HOP, n_mels=N_MELS, f_max=8000.0):
         super().__init__()
         if f_max > sample_rate / 2:
             raise ValueError(f"f_max={f_max} Hz exceeds the Nyquist frequency {sample_rate / 2} Hz")
         self.n_fft, self.hop = n_fft, hop
         step = math.log(6.4) / 27                                          # one mel above 1000 Hz (15 mel)
-        to_mel = lambda f: f * 3 / 200 if f < 1000 else 15 + math.log(f / 1000) / step
-        mel = torch.linspace(to_mel(f_min), to_mel(f_max), n_mels + 2, dtype=torch.float64)    # corners of triangles
-        edge = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * step))       # (n_mels + 2,) Hz
+        top = 15 + math.log(f_max / 1000) / step
+        mel = torch.linspace(0, top, n_mels + 2, dtype=torch.float64)[:, None]                 # corners of triangles
+        edge = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * step))       # (n_mels + 2, 1) Hz
+        left, centre, right = edge[:-2], edge[1:-1], edge[2:]                                  # (n_mels, 1) each
         bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)         # (n_fft/2 + 1,) Hz
-        rising = (bins - edge[:-2, None]) / (edge[1:-1] - edge[:-2])[:, None]                  # (n_mels, n_fft/2 + 1)
-        falling = (edge[2:, None] - bins) / (edge[2:] - edge[1:-1])[:, None]
-        filters = torch.minimum(rising, falling).clamp(min=0) * (2 / (edge[2:] - edge[:-2]))[:, None]
+        rising = (bins - left) / (centre - left)                                               # (n_mels, n_fft/2 + 1)
+        falling = (right - bins) / (right - centre)
+        filters = torch.minimum(rising, falling).clamp(min=0) * (2 / (right - left))
         if (filters.sum(dim=1) == 0).any():
             raise ValueError(f"n_mels={n_mels} is too many for n_fft={n_fft}: a filter holds no FFT bin")
         self.register_buffer("filters", filters.float(), persistent=False)  # (n_mels, n_fft/2 + 1)
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
     def forward(self, wave):
-        spectrum = torch.stft(wave, self.n_fft, self.hop, window=self.window, center=True, pad_mode="constant",
+        spectrum = torch.stft(wave, self.n_fft, self.hop, window=self.window, pad_mode="constant",
                               return_complex=True)                         # (batch, n_fft/2 + 1, frames)
         return self.filters @ (spectrum.real ** 2 + spectrum.imag ** 2)    # (batch, n_mels, frames)
 
@@ -316,9 +314,8 @@ class Mel(nn.Module):
 def log_compress(x, reference=1.0, power=False):
     """Decibels below `reference`, a range of 80 dB mapped to [0, 1].
 
-    `power=False` takes a magnitude (20 log10: a factor of 10 in amplitude is 20 dB = 0.25), `power=True` a power
-    (10 log10). The reference is a constant: a maximum over the clip would make a frame depend on where the clip was
-    cut, one over the batch on its neighbours. Zeros give 0, with gradient 0.
+    x is a magnitude (20 log10: a factor of 10 is 20 dB = 0.25) or a power (10 log10). The reference is a constant, as a
+    maximum would make a frame depend on where its clip was cut. Zeros give 0, with gradient 0.
     """
     factor = 10 if power else 20
     decibels = factor * torch.log10((x / reference).clamp(min=10 ** (-DYNAMIC_RANGE / factor)))
@@ -375,21 +372,21 @@ class FrameStore:
         self.folder = Path(folder)
         self.info = read_json(self.folder / "store.json")
         if "tracks" not in self.info:
-            raise InputError(f"{folder}: is not a complete frame store; make one with: "
-                             f"python data.py FOLDER --out {folder}")
+            raise InputError(f"{folder}: is not a complete store; make one with: python data.py FOLDER --out {folder}")
         other = [name for name, value in front_end_settings().items() if self.info.get(name) != value]
         if other:
             raise InputError(f"{folder}: was prepared with another {', '.join(other)}; remove it and prepare it again")
-        entries, binary = read_index(self.folder), self.folder / "frames.bin"
-        self.skipped = [(e["path"], e["error"]) for e in entries if "error" in e]
+        entries = read_index(self.folder)
         tracks = [e for e in entries if "frames" in e]
+        self.skipped = [(e["path"], e["error"]) for e in entries if "error" in e]
         self.paths = [e["path"] for e in tracks]
         self.lengths = np.array([e["frames"] for e in tracks], dtype=np.int64)
         self.starts = np.cumsum(self.lengths) - self.lengths
-        total = int(self.lengths.sum())
-        if not total or not binary.exists() or binary.stat().st_size != total * COLUMNS:
-            raise InputError(f"{folder}: frames.bin is damaged; remove the folder and prepare it again")
-        self.frames = np.asarray(np.memmap(binary, np.uint8, "r", shape=(total, COLUMNS)))
+        try:
+            frames = np.asarray(np.memmap(self.folder / "frames.bin", np.uint8, "r"))
+            self.frames = frames.reshape(self.lengths.sum(), COLUMNS)
+        except (FileNotFoundError, ValueError):
+            raise InputError(f"{folder}: frames.bin is damaged; remove the folder and prepare it again") from None
 
     def track(self, i):
         """(frames, 224) uint8 of track `i`."""
@@ -399,8 +396,7 @@ class FrameStore:
 def read_json(path):
     """The dictionary in a file; an empty one when the file is missing or damaged."""
     try:
-        found = json.loads(path.read_text())
-        return found if isinstance(found, dict) else {}
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
 
@@ -422,8 +418,9 @@ def front_end_settings():
 
 def settings_of(sources):
     """Everything that decides the bytes of a store, with a checksum. sources: what they are made from, plain types."""
-    settings = dict(front_end_settings(), listing=hashlib.sha256(json.dumps(sources).encode()).hexdigest())
-    return dict(settings, checksum=hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
+    digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    settings = dict(front_end_settings(), listing=digest(sources))
+    return dict(settings, checksum=digest(settings)[:16])
 
 
 def walk(folder):
@@ -431,10 +428,12 @@ def walk(folder):
     found, visited = [], set()
     for here, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(here)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in visited)
-        if real not in visited:
-            found += [Path(here, name) for name in names if not name.startswith(".")]
+        if real in visited:
+            folders.clear()
+            continue
         visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(here, name) for name in names if not name.startswith(".")]
     return sorted(found)
 
 
@@ -464,10 +463,7 @@ def find_audio(folders):
 
 @contextmanager
 def locked(folder, taken="another process is preparing it; start again when it is done"):
-    """Make `folder` and lock it for this process, however that ends. Raises InputError with `taken` if it is locked.
-
-    Without effect on Windows and on file systems without locks.
-    """
+    """Make `folder` and lock it for this process, however that ends. Raises InputError with `taken` if it is locked."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "wb") as file:
         try:
@@ -480,37 +476,9 @@ def locked(folder, taken="another process is preparing it; start again when it i
         yield
 
 
-def prepare(sources, out, settings, label):
-    """Transform `sources` [(name, function that returns blocks of audio)] into the store `out` on all cores.
-
-    The order of `sources` is the order in the store, whatever finishes first. A complete store with the same settings
-    is opened as it is; an incomplete one is completed; other settings start anew. Sources that raise InputError are
-    skipped and listed. Raises InputError when nothing could be read, or another process is preparing the same store.
-    """
-    out = Path(out)
-    info = read_json(out / "store.json")
-    if info.get("checksum") != settings["checksum"] or "tracks" not in info:
-        with locked(out):
-            make_store(sources, out, settings, label)
-    return FrameStore(out)
-
-
-def finished_entries(out, settings):
-    """Entries of an unfinished store of the same settings whose frames are on the disk; a new store has none."""
-    binary = out / "frames.bin"
-    if read_json(out / "store.json").get("checksum") != settings["checksum"]:
-        for name in ("store.json", "index.jsonl", "frames.bin"):
-            (out / name).unlink(missing_ok=True)
-        write_atomic(out / "store.json", json.dumps(settings).encode())
-    entries, size = read_index(out), binary.stat().st_size if binary.exists() else 0
-    ends = np.cumsum([e.get("frames", 0) for e in entries]) * COLUMNS
-    return entries[:np.searchsorted(ends, size, side="right")]  # a power cut can lose frames that the index names
-
-
-def make_store(sources, out, settings, label):
-    """The work of `prepare`. frames.bin and index.jsonl grow track by track and are cut to whole tracks on resuming."""
-    done, front_end = finished_entries(out, settings), FrontEnd()
-    rows = sum(e.get("frames", 0) for e in done)
+def transform(sources):
+    """For each of `sources`, in their order: its entry in index.jsonl and its frames. Computed on all cores."""
+    front_end, threads, workers = FrontEnd(), torch.get_num_threads(), os.cpu_count()
 
     def work(source):
         name, read = source
@@ -520,49 +488,69 @@ def make_store(sources, out, settings, label):
         except InputError as error:
             return dict(path=name, error=str(error)), b""
 
-    threads, workers = torch.get_num_threads(), os.cpu_count() or 1
     # Threads, not processes: decoding and the transforms release Python's lock, and each uses one core.
-    pool = ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1))
-    bar = tqdm(total=len(sources), initial=len(done), desc=label, unit="track", smoothing=0.05)
-    try:
+    with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
+        # A few at a time, so that a long file at the head does not pile up the frames of all behind it.
+        jobs = (pool.submit(work, source) for source in sources)
+        running = deque(islice(jobs, 2 * workers))
+        while running:
+            finished = running.popleft().result()
+            running.extend(islice(jobs, 1))
+            yield finished
+    torch.set_num_threads(threads)
+
+
+def prepare(sources, out, settings, label):
+    """Transform `sources` [(name, function that returns blocks of audio)] into the store `out` on all cores.
+
+    The order of `sources` is the order in the store, whatever finishes first. A complete store with the same settings
+    is opened as it is; an incomplete one is cut to whole tracks and completed; other settings start anew. Sources that
+    raise InputError are skipped and listed. Raises InputError when nothing could be read, or another process is
+    preparing the same store.
+    """
+    out = Path(out)
+    info = read_json(out / "store.json")
+    same = info.get("checksum") == settings["checksum"]
+    if same and "tracks" in info:
+        return FrameStore(out)
+    with locked(out):
+        if not same:
+            for name in ("store.json", "index.jsonl", "frames.bin"):
+                (out / name).unlink(missing_ok=True)
+            write_atomic(out / "store.json", json.dumps(settings).encode())
+        entries = read_index(out)
         with open(out / "frames.bin", "ab") as frames_file, open(out / "index.jsonl", "ab") as index_file:
-            frames_file.truncate(rows * COLUMNS)
+            ends = np.cumsum([0] + [e.get("frames", 0) for e in entries]) * COLUMNS            # bytes before each entry
+            # A power cut can lose frames that the index names.
+            done = entries[:np.searchsorted(ends[1:], frames_file.tell(), side="right")]
+            frames_file.truncate(ends[len(done)])
             index_file.truncate(sum(len(json.dumps(e)) + 1 for e in done))
-            # A few at a time, so that a long file at the head does not pile up the frames of all behind it.
-            jobs = (pool.submit(work, source) for source in sources[len(done):])
-            running = deque(islice(jobs, 2 * workers))
-            while running:
-                entry, frames = running.popleft().result()
-                running.extend(islice(jobs, 1))
+            todo = transform(sources[len(done):])
+            for entry, frames in tqdm(todo, label, total=len(sources), initial=len(done), unit="track"):
                 frames_file.write(frames)
                 frames_file.flush()  # frames before the line that names them
                 index_file.write(json.dumps(entry).encode() + b"\n")
                 index_file.flush()
                 done.append(entry)
-                rows += entry.get("frames", 0)
-                bar.set_postfix_str(f"{rows * FRAME_SECONDS / 3600:.2f} h of music", refresh=False)
-                bar.update()
             os.fsync(frames_file.fileno())
             os.fsync(index_file.fileno())
-    finally:
-        pool.shutdown(cancel_futures=True)
-        bar.close()
-        torch.set_num_threads(threads)
-    skipped = [e["error"] for e in done if "error" in e]
-    for error in skipped:
-        print(f"skipped {error}")
-    if not rows:
-        raise InputError(f"none of {len(done)} files could be read as audio; see the lines above")
-    totals = dict(tracks=len(done) - len(skipped), skipped=len(skipped), hours=rows * FRAME_SECONDS / 3600)
-    write_atomic(out / "store.json", json.dumps(settings | totals).encode())
-    print(f"{out}: {totals['tracks']} tracks, {totals['hours']:.2f} h, {rows * COLUMNS / 1e6:.0f} MB, "
-          f"{len(skipped)} skipped")
+        skipped = [e["error"] for e in done if "error" in e]
+        for error in skipped:
+            print(f"skipped {error}")
+        hours = sum(e.get("frames", 0) for e in done) * FRAME_SECONDS / 3600
+        tracks = len(done) - len(skipped)
+        if not tracks:
+            raise InputError(f"none of {len(done)} files could be read as audio; see the lines above")
+        info = dict(settings, tracks=tracks, skipped=len(skipped), hours=hours)
+        write_atomic(out / "store.json", json.dumps(info).encode())
+    print(f"{out}: {tracks} tracks, {hours:.2f} h, {len(skipped)} skipped")
+    return FrameStore(out)
 
 
 def prepare_files(files, out):
     """Frame store `out` of files [(name, path)], each name once. See prepare.
 
-    Names and sizes are its identity: a file that grows, shrinks or goes while it is read makes the next run start anew.
+    Names and sizes are its identity: a file that changes its size or goes makes the next run start anew.
     """
     sizes = [(name, path.stat().st_size if path.exists() else -1) for name, path in files]
     return prepare([(name, partial(read_audio, path)) for name, path in files], out, settings_of(sizes), "preparing")
@@ -570,10 +558,10 @@ def prepare_files(files, out):
 
 def prepare_folders(folders, out=None):
     """Frame store of folders of music. `out` defaults to data/NAME-HASH, one per set of folders."""
-    files = find_audio(folders)
-    where = "|".join(str(Path(f).resolve()) for f in folders)
-    default = f"{Path(folders[0]).resolve().name}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
-    return prepare_files(files, out or Path("data") / default)
+    folders = [Path(folder).resolve() for folder in folders]
+    where = "|".join(map(str, folders))
+    default = f"{folders[0].name}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
+    return prepare_files(find_audio(folders), out or Path("data") / default)
 
 
 def open_data(sources):
@@ -581,11 +569,13 @@ def open_data(sources):
     stores = []
     for source in sources:
         if source == "synth":
-            stores.append(prepare_synth())
-            stores[-1].lengths = stores[-1].lengths[:len(SYNTH_SPLITS["train"])]  # no validation and test songs
+            store = prepare_synth()
+            store.lengths = store.lengths[:len(SYNTH_SPLITS["train"])]  # no validation and test songs
+        elif (Path(source) / "store.json").exists():
+            store = FrameStore(source)
         else:
-            prepared = (Path(source) / "store.json").exists()
-            stores.append(FrameStore(source) if prepared else prepare_folders([source]))
+            store = prepare_folders([source])
+        stores.append(store)
     return stores
 
 
@@ -695,22 +685,21 @@ class Segments:
 
     def __init__(self, stores, batch_size, keys=None, mix=None):
         self.stores, self.batch_size, self.mix = stores, batch_size, mix
-        self.offsets = np.cumsum([0] + [len(store.frames) for store in stores])       # of each store's frames in `rows`
-        pieces, labels, first_track = [], [], 0
-        for store, offset in zip(stores, self.offsets):
-            counts = np.where(store.lengths < SEGMENT, 0, np.maximum(1, store.lengths // PIECE))  # (tracks,) pieces
-            track = np.repeat(np.arange(len(counts)), counts)                         # (pieces,)
-            nth = np.arange(len(track)) - np.repeat(np.cumsum(counts) - counts, counts)   # (pieces,) within the track
-            length = store.lengths[track] // counts[track]
-            start = offset + store.starts[track] + nth * length
-            pieces.append(np.stack([start, length, first_track + track], axis=1))
-            labels += [(keys or {}).get(store.paths[t], -1) for t in track]
-            first_track += len(counts)
-        self.sizes = np.array([len(p) for p in pieces])                               # (stores,) pieces of each
-        self.pieces = np.concatenate(pieces)                                         # (pieces, 3): start, length, track
-        self.keys = np.array(labels, dtype=np.int64)                                  # (pieces,)
         self.frames, self.device = None, torch.device("cpu")                          # on a device after to()
-        total, short = len(self.pieces), sum(int((store.lengths < SEGMENT).sum()) for store in stores)
+        self.offsets = np.cumsum([0] + [len(store.frames) for store in stores])       # of each store's frames in `rows`
+        self.numbers, pieces = [], []                                                 # numbers: a store's pieces
+        track, short, keys = 0, 0, keys or {}
+        for store, offset in zip(stores, self.offsets):
+            first = len(pieces)
+            for path, start, length in zip(store.paths, store.starts, store.lengths):
+                count = max(1, length // PIECE) if length >= SEGMENT else 0
+                for i in range(count):
+                    size = length // count
+                    pieces.append((offset + start + i * size, size, track, keys.get(path, -1)))
+                short += count == 0
+                track += 1
+            self.numbers.append(np.arange(first, len(pieces)))
+        self.pieces, total = np.array(pieces), len(pieces)                            # (pieces, 4)
         if total == 0:
             raise InputError("every track is shorter than one 4 s segment; give longer recordings")
         if total < batch_size:
@@ -726,7 +715,7 @@ class Segments:
 
     def to(self, device):
         """Keep the frames of all stores on a device: gather() then takes rows that are there. Returns self."""
-        self.frames = torch.cat([torch.from_numpy(np.array(store.frames)) for store in self.stores]).to(device)
+        self.frames = torch.from_numpy(np.concatenate([store.frames for store in self.stores])).to(device)
         self.device = self.frames.device
         return self
 
@@ -735,33 +724,31 @@ class Segments:
         if not self.mix:
             return rng.choice(len(self.pieces), self.batch_size, replace=False)
         counts = rng.multinomial(self.batch_size, np.array(self.mix) / sum(self.mix))
-        while (counts > self.sizes).any():  # small stores are exhausted; the others fill the batch
-            counts = np.minimum(counts, self.sizes)
-            room = (counts < self.sizes) * np.array(self.mix)
+        sizes = np.array([len(numbers) for numbers in self.numbers])
+        while (counts > sizes).any():  # small stores are exhausted; the others fill the batch
+            counts = np.minimum(counts, sizes)
+            room = (counts < sizes) * np.array(self.mix)
             counts += rng.multinomial(self.batch_size - counts.sum(), room / room.sum())
-        first = np.cumsum(self.sizes) - self.sizes
-        drawn = [start + rng.choice(size, count, replace=False)
-                 for start, size, count in zip(first, self.sizes, counts)]
+        drawn = [rng.choice(numbers, count, replace=False) for numbers, count in zip(self.numbers, counts)]
         return rng.permutation(np.concatenate(drawn))
 
     def draw(self, seed, step, views=3, mask=0.0, share=slice(None)):
         """As batch(), with `rows` (views, share, kept), frame numbers over all stores, in place of the frames."""
-        rng = np.random.default_rng([seed, step])
-        number = self.draw_pieces(rng)                                                # (batch,)
-        begin, length, track = self.pieces[number].T                                  # (batch,) each
+        rng, size = np.random.default_rng([seed, step]), self.batch_size
+        begin, length, track, key = self.pieces[self.draw_pieces(rng)].T              # (batch,) each
         room = length - 2 * SEGMENT
-        first, second = np.sort(rng.integers(0, np.maximum(room, 0) + 1, (2, self.batch_size)), axis=0)
-        apart = np.stack([first, second + SEGMENT])                                   # (2, batch)
-        anywhere = rng.integers(0, length - SEGMENT + 1, (2, self.batch_size))
+        apart = np.sort(rng.integers(0, np.maximum(room, 0) + 1, (2, size)), axis=0)  # (2, batch)
+        apart[1] += SEGMENT
+        anywhere = rng.integers(0, length - SEGMENT + 1, (2, size))
         start = np.where(room >= 0, apart, anywhere) + begin
-        start = np.where(rng.random(self.batch_size) < 0.5, start, start[::-1])       # A is not always first
+        start = np.where(rng.random(size) < 0.5, start, start[::-1])                  # A is not always first
         start = start[[0, 1, 0]][:views]                                              # (views, batch)
-        crop = np.full(self.batch_size, rng.integers(0, MAX_CROP + 1))                # one a step, see the class
-        other = (crop + rng.integers(1, MAX_CROP + 1, self.batch_size)) % (MAX_CROP + 1)   # uniform, never the same
+        crop = np.full(size, rng.integers(0, MAX_CROP + 1))                           # one a step, see the class
+        other = (crop + rng.integers(1, MAX_CROP + 1, size)) % (MAX_CROP + 1)         # uniform, never the same
         crops = np.stack([crop, crop, other])[:views]
-        positions = kept_positions(rng, (views, self.batch_size), SEGMENT, mask)[:, share]  # (views, share, kept)
-        drawn = dict(rows=start[:, share, None] + positions, crops=crops, positions=positions,
-                     keys=self.keys[number], tracks=track)
+        positions = kept_positions(rng, (views, size), SEGMENT, mask)[:, share]       # (views, share, kept)
+        rows = start[:, share, None] + positions
+        drawn = dict(rows=rows, crops=crops, positions=positions, keys=key, tracks=track)
         return {name: torch.from_numpy(values) for name, values in drawn.items()}
 
     def gather(self, rows):
@@ -794,15 +781,16 @@ class Segments:
 # differ in which steps are small; A minor has the notes of C major (its relative), so both share one key signature:
 # 12 signatures, 24 keys. Seven semitones are a fifth; keys a fifth apart differ in one note.
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
-# Chords (scale degrees from 0) that may follow each chord; the diminished ones are left out.
-FOLLOWS = {"major": {0: (3, 4, 5, 1, 2), 1: (4, 4, 3), 2: (5, 3), 3: (4, 0, 1), 4: (0, 0, 5, 3), 5: (3, 1, 4, 2)},
-           "minor": {0: (3, 5, 6, 2, 4), 2: (5, 6, 3), 3: (4, 0, 6), 4: (0, 0, 5), 5: (6, 2, 3, 4), 6: (0, 2, 5)}}
-# Modes on the same tonic: (degree that moves, by semitones, degree whose chord becomes diminished and is left out).
-MODES = {"major": {"mixolydian": (6, -1, 2), "lydian": (3, 1, 3)},
-         "minor": {"dorian": (5, 1, 5), "phrygian": (1, -1, 4)}}
+# A loop of chords is a string, one digit a chord: the scale degree of its root, from 0. What may follow each chord; the
+# diminished ones are left out.
+FOLLOWS = {"major": {"0": "34512", "1": "443", "2": "53", "3": "401", "4": "0053", "5": "3142"},
+           "minor": {"0": "35624", "2": "563", "3": "406", "4": "005", "5": "6234", "6": "025"}}
+# Modes on the same tonic: (degree that moves, by semitones, chord that becomes diminished and is left out).
+MODES = {"major": ((6, -1, "2"), (3, 1, "3")),  # mixolydian, lydian
+         "minor": ((5, 1, "5"), (1, -1, "4"))}  # dorian, phrygian
 # Every loop holds a chord with the scale's most flat-ward note and one with its most sharp-ward note: without both, the
 # remaining notes fit two keys.
-EDGES = {"major": ({1, 3}, {2, 4}), "minor": ({3, 5}, {4, 6})}
+EDGES = {"major": ("13", "24"), "minor": ("35", "46")}
 TIMBRES = ("strings", "clarinet", "organ", "flute", "brass", "pluck", "mallet", "epiano")
 SONG_SECONDS = 24
 # Song numbers of each part of the default set. The labels of train are used by probes only.
@@ -810,38 +798,61 @@ SYNTH_SPLITS = {"train": range(0, 1024), "valid": range(1024, 1152), "test": ran
 
 
 def chord_loop(rng, mode, length, left_out):
-    """`length` degrees, each one that may follow the one before, drawn until both edges of the scale occur."""
-    follows, loop = FOLLOWS[mode], []
-    while left_out in loop or not all(edge & set(loop) for edge in EDGES[mode]):
-        loop = [0 if rng.random() < 0.7 else int(rng.choice(list(follows)))]
+    """A loop of `length` chords, each one that may follow the one before, drawn until both edges of the scale occur."""
+    follows, loop = FOLLOWS[mode], ""
+    while left_out in loop or any(set(edge).isdisjoint(loop) for edge in EDGES[mode]):
+        loop = "0" if rng.random() < 0.7 else rng.choice(list(follows))
         while len(loop) < length:
-            loop.append(int(rng.choice(follows[loop[-1]])))
+            loop += rng.choice(list(follows[loop[-1]]))
     return loop
+
+
+def arrangement(rng):
+    """What a song is made from, drawn by rng: key, tempo, instruments, and for each half its chords and style."""
+    tonic, minor = int(rng.integers(12)), int(rng.integers(2))
+    mode = ("major", "minor")[minor]
+    tempo = 70 * (160 / 70) ** rng.random()
+    span = 2 if tempo < 110 else 4                                        # beats a chord lasts: 1.5 to 2.2 s
+    spans = math.ceil(SONG_SECONDS / (span * 60 / tempo))
+    leading_tone = rng.random() < 0.5 and mode == "minor"                 # V instead of v
+    # Verse and chorus: each half has its own loop of chords, so that only the key is common to both. In 60 % of songs
+    # one half is in another mode on the same tonic, as in rock and folk; the label stays.
+    halves = [dict(scale=list(SCALES[mode]), left_out="none") for _ in range(2)]
+    if rng.random() < 0.6:
+        half = halves[rng.integers(2)]
+        degree, change, half["left_out"] = MODES[mode][rng.integers(2)]
+        half["scale"][degree] += change
+    for half, length in zip(halves, rng.choice([4, 4, 8], 2)):
+        half["loop"] = chord_loop(rng, mode, length, half["left_out"])
+    rest = rng.integers(1, spans) if rng.random() < 0.3 else -1           # one span of drums alone: "no chord"
+    # The melody keeps its instrument; chords and bass change theirs, as does the style of playing.
+    timbres = rng.permutation(len(TIMBRES))[:5].tolist()                  # melody, then chords and bass of each half
+    for half in halves:
+        half |= dict(chords=rng.choice(["block", "arpeggio", "offbeat"]), bass=rng.choice(["root", "walk", "pulse"]),
+                     drums=rng.random() < 0.6, dense=rng.uniform(0.5, 0.9))
+    # Each part's range starts anywhere: a lowest note common to all songs would give away where a crop was cut.
+    lowest = [int(low + rng.integers(12)) for low in (46, 46, 29)]        # melody, chords, bass (MIDI pitch)
+    return dict(tonic=tonic, mode=mode, key=tonic + 12 * minor, signature=(tonic + 3 * minor) % 12, tempo=tempo,
+                span=span, spans=spans, leading_tone=leading_tone, halves=halves, rest=rest, timbres=timbres,
+                instrument=timbres[0], lowest=lowest)
 
 
 # The parts of an arrangement. Notes are (beat, beats long, MIDI pitch, velocity), from the start of a chord.
 
 
-def accompaniment(style, triad, beats):
-    """A triad as long chords, as an arpeggio, or as short chords off the beat."""
-    if style == "block":
-        return [(b, 1.9, p, 0.5) for b in range(0, beats, 2) for p in triad]
-    if style == "arpeggio":
-        return [(b / 2, 1, (triad + triad[1:2])[b % 4], 0.6) for b in range(2 * beats)]
-    return [(b + 0.5, 0.4, p, 0.5) for b in range(beats) for p in triad]
+def patterns(chord, bass, triad, beats):
+    """Notes of each style of playing the pitches `chord`, and of each style of a bass on `bass`, the root."""
+    return {"block": [(b, 1.9, pitch, 0.5) for b in range(0, beats, 2) for pitch in chord],
+            "arpeggio": [(b / 2, 1, chord[(0, 1, 2, 1)[b % 4]], 0.6) for b in range(2 * beats)],
+            "offbeat": [(b + 0.5, 0.4, pitch, 0.5) for b in range(beats) for pitch in chord],
+            "root": [(0, beats - 0.2, bass, 0.8)],
+            "pulse": [(b, 0.9, bass, 0.8) for b in range(beats)],
+            "walk": [(b, 0.9, bass + step, 0.8) for b, step in zip(range(beats), (*triad, 12))]}
 
 
-def bass_line(style, root, third, fifth, beats):
-    """The root held, the root on every beat, or a walk up the triad."""
-    if style == "root":
-        return [(0, beats - 0.2, root, 0.8)]
-    steps = (0, 0, 0, 0) if style == "pulse" else (0, third, fifth, 12)
-    return [(b, 0.9, root + step, 0.8) for b, step in enumerate(steps[:beats])]
-
-
-def melody_line(rng, place, pitch_of, triad, dense, beats):
+def melody_line(rng, place, pitch_of, chord, dense, beats):
     """A random walk on the scale from degree `place`, on chord notes every two beats: (notes, last degree)."""
-    in_chord = lambda degree: any((pitch_of(degree) - p) % 12 == 0 for p in triad)
+    in_chord = lambda degree: any((pitch_of(degree) - pitch) % 12 == 0 for pitch in chord)
     notes = []
     for eighth in range(2 * beats):
         if rng.random() > dense:
@@ -853,77 +864,38 @@ def melody_line(rng, place, pitch_of, triad, dense, beats):
     return notes, place
 
 
-def drum_hits(rng, dense, beats):
-    """[(beat, kind)]"""
-    hits = [(b, kind) for b, kind in enumerate(("kick", "snare", "kick", "snare")[:beats])]
-    return hits + [(b / 2, "hat") for b in range(2 * beats) if rng.random() < dense]
-
-
-def sound_settings(rng):
-    """Everything of a song that is no note: levels, tuning, equaliser, room, distortion, noise."""
-    return dict(colour=rng.uniform(0.7, 1.4, 5), levels=np.array([1.5, *rng.uniform(0.3, 0.6, 4)]),
-                drum_level=0.2 * 15 ** rng.random(), detune=float(np.clip(rng.normal(0, 0.1), -0.3, 0.3)),
-                noise_seed=int(rng.integers(2 ** 31)), loudness=rng.uniform(-30, -14), swell=rng.uniform(0, 0.4),
-                tilt=rng.uniform(-1.5, 1.5), peaks=[(rng.uniform(150, 5000), rng.uniform(-5, 5)) for _ in range(3)],
-                reverb=rng.uniform(0.1, 0.6) if rng.random() < 0.5 else 0.0,
-                drive=rng.uniform(1, 4) if rng.random() < 0.2 else 0.0, noise=rng.uniform(-70, -30))
-
-
-def arrangement(rng):
-    """What a song is made from, drawn by rng: key, tempo, chord loops, instruments, styles. A dictionary."""
-    tonic, mode = int(rng.integers(12)), ("major", "minor")[rng.integers(2)]
-    tempo = float(70 * (160 / 70) ** rng.random())
-    span = 2 if tempo < 110 else 4                                        # beats a chord lasts: 1.5 to 2.2 s
-    spans = math.ceil(SONG_SECONDS / (span * 60 / tempo))
-    harmonic_minor = rng.random() < 0.5
-    # Verse and chorus: each half has its own loop of chords, so that only the key is common to both. In 60 % of songs
-    # one half is in another mode on the same tonic, as in rock and folk; the label stays.
-    scales, left_out = [list(SCALES[mode]), list(SCALES[mode])], [None, None]
-    if rng.random() < 0.6:
-        half = rng.integers(2)
-        degree, change, left_out[half] = MODES[mode][rng.choice(list(MODES[mode]))]
-        scales[half][degree] += change
-    lengths = rng.choice([4, 4, 8], 2)
-    loops = [chord_loop(rng, mode, length, degree) for length, degree in zip(lengths, left_out)]
-    rest = int(rng.integers(1, spans)) if rng.random() < 0.3 else -1      # one span of drums alone: "no chord"
-    # The melody keeps its instrument; chords and bass change theirs, as does the style of playing.
-    timbres = tuple(int(t) for t in rng.permutation(len(TIMBRES))[:5])    # melody, then chords and bass of each half
-    sections = [dict(comp=rng.choice(["block", "arpeggio", "offbeat"]), bass=rng.choice(["root", "walk", "pulse"]),
-                     drums=rng.random() < 0.6, dense=rng.uniform(0.5, 0.9)) for _ in range(2)]
-    # Each part's range starts anywhere: a lowest note common to all songs would give away where a crop was cut.
-    lowest = [int(low + rng.integers(12)) for low in (46, 46, 29)]        # melody, chords, bass (MIDI pitch)
-    return dict(tonic=tonic, mode=mode, key=tonic + 12 * (mode == "minor"), tempo=tempo, span=span, spans=spans,
-                signature=tonic if mode == "major" else (tonic + 3) % 12, instrument=timbres[0],
-                harmonic_minor=harmonic_minor, scales=scales, loops=loops, rest=rest, timbres=timbres,
-                sections=sections, lowest=lowest)
+def above(low, pitch):
+    """`pitch`, moved by whole octaves into the octave from `low`."""
+    return low + (pitch - low) % 12
 
 
 def play(rng, song):
-    """The score of an arrangement: its notes, drums and chords as in compose."""
-    span, lowest, beat = song["span"], song["lowest"], 60 / song["tempo"]
-    above = lambda low, pitch: low + (pitch - low) % 12
+    """The score of an arrangement: its notes, drums, chords and beats as in compose."""
+    span, beat, lowest = song["span"], 60 / song["tempo"], song["lowest"]
     home, place = above(lowest[0], song["tonic"]), int(rng.integers(7, 14))
+    length = span * beat                                                  # seconds a chord lasts
     notes, drums, chords = [], [], []
     for i in range(song["spans"]):
-        half, start = 2 * i // song["spans"], span * beat * i
-        section, scale, loop = (song[name][half] for name in ("sections", "scales", "loops"))
-        pitch_of = lambda degree: home + scale[degree % 7] + 12 * (degree // 7)
-        if section["drums"] or i == song["rest"]:
-            drums += [(start + b * beat, kind) for b, kind in drum_hits(rng, section["dense"], span)]
+        start, number = length * i, 2 * i // song["spans"]
+        half = song["halves"][number]
+        if half["drums"] or i == song["rest"]:
+            drums += [(start + b * beat, ("kick", "snare")[b % 2]) for b in range(span)]
+            drums += [(start + b / 2 * beat, "hat") for b in range(2 * span) if rng.random() < half["dense"]]
         if i == song["rest"]:
-            chords.append((start, start + span * beat, 24))
+            chords.append((start, start + length, 24))
             continue
-        degree = loop[i % len(loop)]
-        root, third, fifth = (pitch_of(degree + step) for step in (0, 2, 4))
-        if song["mode"] == "minor" and degree == 4 and song["harmonic_minor"]:
-            third += 1                                                    # the leading tone: V instead of v
-        chords.append((start, start + span * beat, root % 12 + 12 * (third - root == 3)))
-        triad = sorted(above(lowest[1], p) for p in (root, third, fifth))
-        parts = {1 + 2 * half: accompaniment(section["comp"], triad, span),
-                 2 + 2 * half: bass_line(section["bass"], above(lowest[2], root), third - root, fifth - root, span)}
-        parts[0], place = melody_line(rng, place, pitch_of, triad, section["dense"], span)
+        pitch_of = lambda degree: home + half["scale"][degree % 7] + 12 * (degree // 7)
+        degree = int(half["loop"][i % len(half["loop"])])
+        root = pitch_of(degree)
+        triad = [pitch_of(degree + step) - root for step in (0, 2, 4)]    # semitones above the root
+        triad[1] += song["leading_tone"] and degree == 4
+        chords.append((start, start + length, root % 12 + 12 * (triad[1] == 3)))
+        chord = sorted(above(lowest[1], root + step) for step in triad)
+        styles = patterns(chord, above(lowest[2], root), triad, span)
+        parts = {1 + 2 * number: styles[half["chords"]], 2 + 2 * number: styles[half["bass"]]}
+        parts[0], place = melody_line(rng, place, pitch_of, chord, half["dense"], span)
         for part, line in parts.items():
-            notes += [(start + b * beat, long * beat, p, velocity, part) for b, long, p, velocity in line]
+            notes += [(start + b * beat, long * beat, pitch, velocity, part) for b, long, pitch, velocity in line]
     return dict(notes=notes, drums=drums, chords=chords, beats=[b * beat for b in range(span * song["spans"])])
 
 
@@ -932,12 +904,18 @@ def compose(index, seed=0):
 
     Keys: tonic 0..11, mode, key (0..23), signature (tonic of the major key with the same notes), instrument (index into
     TIMBRES of the melody), tempo (beats per minute), chords [(start, end, class)] in seconds, class = root + 12 * minor
-    or 24 for none, beats [s], notes [(start, duration, MIDI pitch, velocity, part)], drums [(time, kind)], and what
-    arrangement and sound_settings drew.
+    or 24 for none, beats [s], notes [(start, duration, MIDI pitch, velocity, part)], drums [(time, kind)]; and what
+    render needs beside the score: levels, tuning, equaliser, room, distortion, noise.
     """
     rng = np.random.default_rng([seed, index])
     song = arrangement(rng)
-    return song | play(rng, song) | sound_settings(rng)
+    return song | play(rng, song) | dict(
+        colour=rng.uniform(0.7, 1.4, 5), levels=[1.5, *rng.uniform(0.3, 0.6, 4)], drum_level=0.2 * 15 ** rng.random(),
+        detune=max(-0.3, min(0.3, rng.normal(0, 0.1))), noise_seed=rng.integers(2 ** 31),
+        loudness=rng.uniform(-30, -14), swell=rng.uniform(0, 0.4), tilt=rng.uniform(-1.5, 1.5),
+        peaks=[(rng.uniform(150, 5000), rng.uniform(-5, 5)) for _ in range(3)],
+        reverb=rng.uniform(0.1, 0.6) if rng.random() < 0.5 else 0.0,
+        drive=rng.uniform(1, 4) if rng.random() < 0.2 else 0.0, noise=rng.uniform(-70, -30))
 
 
 def harmonic_tone(name, h, phase, t, colour):
@@ -946,24 +924,23 @@ def harmonic_tone(name, h, phase, t, colour):
                  "clarinet": (h % 2) * h ** -colour + 0.04 / h,           # a closed pipe: odd harmonics
                  "brass": h ** (-0.6 * colour) * np.exp(-h / 9),
                  "organ": np.isin(h, (1, 2, 3, 4, 6, 8)) * h ** (-0.5 * colour),
-                 "flute": np.array([1, 0.35, 0.12, 0.04] + [0.0] * 16)[h - 1],
+                 "flute": np.array([1, 0.35, 0.12, 0.04])[:len(h)],
                  "pluck": h ** (-0.8 * colour) * np.abs(np.sin(0.55 * h))}[name]
     # Higher partials decay faster (pluck) or enter later (brass).
-    decay = {"pluck": np.exp(-1.1 * t), "brass": (1 - np.exp(-9 * t)) ** 0.25}.get(name, np.ones_like(t))
-    cosine, previous, current = 2 * np.cos(phase), np.zeros_like(phase), np.sin(phase)
-    envelope, wave = np.ones_like(t), np.zeros_like(t)
+    decay = {"pluck": np.exp(-1.1 * t), "brass": (1 - np.exp(-9 * t)) ** 0.25}.get(name, 1)
+    cosine, previous, current = 2 * np.cos(phase), 0, np.sin(phase)
+    envelope, wave = 1, 0
     for a in amplitude:
         envelope = envelope * decay
-        wave += np.float32(a) * (current * envelope)
+        wave = wave + np.float32(a) * (current * envelope)
         previous, current = current, cosine * current - previous
     return wave
 
 
 def render_note(timbre, pitch, seconds, colour, rng):
     """One note: (samples,) float32. Each timbre is built in its own way; `colour` > 1 is darker."""
-    f = 440 * 2 ** ((pitch - 69) / 12)
+    name, f = TIMBRES[timbre], 440 * 2 ** ((pitch - 69) / 12)
     t = np.arange(int(seconds * SAMPLE_RATE), dtype=np.float32) / SAMPLE_RATE
-    name = TIMBRES[timbre]
     vibrato = {"strings": 0.006, "flute": 0.004}.get(name, 0) * np.sin(2 * np.pi * 5.5 * t) / 5.5
     phase = (2 * np.pi * f * (t + vibrato)).astype(np.float32)
     if name == "mallet":                                                  # a bar's modes are no multiples of each other
@@ -974,9 +951,9 @@ def render_note(timbre, pitch, seconds, colour, rng):
         tine = 0.4 * np.exp(-12 * t) * np.sin(min(7.0, 7000 / f) * phase)
         wave = np.sin(phase + body + tine) * np.exp(-1.2 * t)
     else:
-        wave = harmonic_tone(name, np.arange(1, max(1, min(20, int(7500 / f))) + 1), phase, t, colour)
+        wave = harmonic_tone(name, np.arange(1, min(20, int(7500 / f)) + 1), phase, t, colour)
     if name == "flute":
-        wave = wave + 0.08 * rng.standard_normal(len(t), dtype=np.float32)
+        wave += 0.08 * rng.standard_normal(len(t), dtype=np.float32)
     attack = {"strings": 0.12, "flute": 0.06, "brass": 0.04, "clarinet": 0.03, "organ": 0.01}.get(name, 0.003)
     return (wave * np.minimum(1, t / attack)).astype(np.float32)
 
@@ -985,18 +962,18 @@ def add_notes(mix, song, rng):
     """Add the notes of a score to `mix` (samples,) in place. The longest note of a pitch serves the shorter ones."""
     release, cache = np.linspace(1, 0, int(0.04 * SAMPLE_RATE), dtype=np.float32), {}
     for start, duration, pitch, velocity, part in song["notes"]:
-        begin, length = int(start * SAMPLE_RATE), int(duration * SAMPLE_RATE)
-        if begin + 2 * len(release) >= len(mix):
+        place = mix[int(start * SAMPLE_RATE):][:int(duration * SAMPLE_RATE)]
+        if len(place) <= 2 * len(release):                                # cut off by the end of the song
             continue
-        note = cache.get((part, pitch))
-        if note is None or len(note) < length:
+        note = cache.get((part, pitch), ())
+        if len(note) < int(duration * SAMPLE_RATE):
             colour = song["colour"][part]
             note = render_note(song["timbres"][part], pitch + song["detune"], duration + 0.01, colour, rng)
-            cache[part, pitch] = note
             note /= np.sqrt(np.mean(note[:4000] ** 2)) + 1e-6
-        note = note[:min(length, len(mix) - begin)] * np.float32(velocity * song["levels"][part])
-        note[-len(release):] *= release[:len(note)]
-        mix[begin:begin + len(note)] += note
+            cache[part, pitch] = note
+        note = note[:len(place)] * np.float32(velocity * song["levels"][part])
+        note[-len(release):] *= release
+        place += note
 
 
 def add_drums(mix, song, rng):
@@ -1006,25 +983,8 @@ def add_drums(mix, song, rng):
     kit = {"kick": 4 * np.sin(2 * np.pi * (50 * t + 3 * (1 - np.exp(-30 * t)))) * np.exp(-14 * t),
            "snare": 2 * noise * np.exp(-18 * t), "hat": np.diff(noise, append=0) * np.exp(-50 * t)}
     for time, kind in song["drums"]:
-        begin = int(time * SAMPLE_RATE)
-        hit = kit[kind][:max(0, len(mix) - begin)]
-        mix[begin:begin + len(hit)] += np.float32(song["drum_level"]) * hit
-
-
-def recorded(mix, song, rng):
-    """`mix` through an equaliser and a room, both filters, in one product of spectra: (samples,)."""
-    spectrum = np.fft.rfft(mix, 2 * len(mix))
-    frequency = np.fft.rfftfreq(2 * len(mix), 1 / SAMPLE_RATE) + 1
-    decibels = song["tilt"] * np.log2(frequency / 800)
-    for centre, gain in song["peaks"]:
-        decibels += gain * np.exp(-0.5 * (np.log2(frequency / centre) / 0.5) ** 2)
-    spectrum *= 10 ** (np.clip(decibels, -30, 20) / 20)
-    if song["reverb"]:
-        tail = np.arange(SAMPLE_RATE) / SAMPLE_RATE
-        room = song["reverb"] * 0.03 * rng.standard_normal(SAMPLE_RATE) * np.exp(-tail * 7)
-        room[0] = 1
-        spectrum *= np.fft.rfft(room, 2 * len(mix))
-    return np.fft.irfft(spectrum)[:len(mix)]
+        place = mix[int(time * SAMPLE_RATE):][:len(t)]
+        place += np.float32(song["drum_level"]) * kit[kind][:len(place)]
 
 
 def render(song):
@@ -1035,7 +995,19 @@ def render(song):
     add_drums(mix, song, rng)
     if song["drive"]:
         mix = np.tanh(song["drive"] * mix / (3 * mix.std() + 1e-6))
-    mix = recorded(mix, song, rng)
+    # The equaliser and the room are filters: products of spectra, twice as long against wrap-around.
+    spectrum = np.fft.rfft(mix, 2 * len(mix))
+    frequency = np.fft.rfftfreq(2 * len(mix), 1 / SAMPLE_RATE) + 1
+    decibels = song["tilt"] * np.log2(frequency / 800)
+    for centre, gain in song["peaks"]:
+        decibels += gain * np.exp(-0.5 * (np.log2(frequency / centre) / 0.5) ** 2)
+    spectrum *= 10 ** (np.clip(decibels, -30, 20) / 20)
+    if song["reverb"]:
+        t = np.arange(SAMPLE_RATE) / SAMPLE_RATE
+        room = song["reverb"] * 0.03 * rng.standard_normal(len(t)) * np.exp(-t * 7)
+        room[0] = 1
+        spectrum *= np.fft.rfft(room, 2 * len(mix))
+    mix = np.fft.irfft(spectrum)[:len(mix)]
     mix *= 1 + song["swell"] * np.sin(2 * np.pi * np.arange(len(mix)) / len(mix) * 1.5)
     mix *= 10 ** (song["loudness"] / 20) / (mix.std() + 1e-6)
     mix += 10 ** (song["noise"] / 20) * rng.standard_normal(len(mix))
@@ -1044,10 +1016,9 @@ def render(song):
 
 def prepare_synth(songs=SYNTH_SPLITS["test"].stop, out="data/synth", seed=0):
     """Frame store of synthetic songs 0 .. songs - 1, through the same path as files. Made once, then cached."""
-    sources = [(f"synth/{i:05d}", lambda i=i: iter([torch.from_numpy(render(compose(i, seed)))])) for i in range(songs)]
+    sources = [(f"synth/{i:05d}", lambda i=i: [torch.from_numpy(render(compose(i, seed)))]) for i in range(songs)]
     rules = Path(__file__).read_text().partition("- synthetic songs\n")[2]  # other rules make other songs
-    settings = settings_of([seed, rules, *(name for name, _ in sources)])
-    return prepare(sources, out, settings, "making synthetic songs")
+    return prepare(sources, out, settings_of([seed, rules, songs]), "making synthetic songs")
 
 
 def main():

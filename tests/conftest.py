@@ -1,4 +1,5 @@
 """Shared by all tests: the project root on sys.path, and a small folder of music."""
+import functools
 import sys
 from pathlib import Path
 
@@ -17,12 +18,18 @@ STEREO_44K = {"two.flac", "more/six.WAV", "more/seven.ogg"}
 
 
 @pytest.fixture(scope="session")
-def song_folder(tmp_path_factory):
+def wave_of():
+    """A function of a song's number: its sound, rendered once for all tests. Read only."""
+    return functools.cache(lambda index: data.render(data.compose(index)))
+
+
+@pytest.fixture(scope="session")
+def song_folder(tmp_path_factory, wave_of):
     """Eight synthetic songs of 10 s in two folders: wav, flac and ogg, three of them 44.1 kHz stereo. Read only."""
     folder = tmp_path_factory.mktemp("songs") / "music"
     (folder / "more").mkdir(parents=True)
     for i, name in enumerate(SONGS):
-        wave, rate = data.render(data.compose(i))[:10 * data.SAMPLE_RATE], data.SAMPLE_RATE
+        wave, rate = wave_of(i)[:10 * data.SAMPLE_RATE], data.SAMPLE_RATE
         if name in STEREO_44K:
             wave, rate = data.resample(torch.from_numpy(wave), rate, 44100).numpy(), 44100
             wave = np.stack([wave, 0.5 * wave], axis=1).clip(-1, 1)

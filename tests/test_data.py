@@ -1,4 +1,5 @@
 """Front ends and decoding: the CQT and the mel spectrogram against slow references, resampling, files, chunks."""
+import functools
 import math
 
 import numpy as np
@@ -20,6 +21,7 @@ def noise(samples, seed=0):
     return 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(seed))
 
 
+@functools.cache
 def music(index=0, seconds=4):
     return torch.from_numpy(data.render(data.compose(index))[:seconds * SAMPLE_RATE])
 

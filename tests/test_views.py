@@ -26,7 +26,7 @@ def make_store(folder, lengths, number=0):
 
 def decode(frames):
     """(..., 224) uint8 -> (...) store, track, frame."""
-    x = frames.long()
+    x = frames[..., :5].long()
     return x[..., 0], 256 * x[..., 1] + x[..., 2], 256 * x[..., 3] + x[..., 4]
 
 
@@ -135,9 +135,14 @@ def located(segments, steps, mask=0.5):
     return torch.cat(tracks, dim=1).numpy(), torch.cat(starts, dim=1).numpy()
 
 
-def test_views_come_from_the_right_frames_of_one_piece(segments):
-    segments, lengths = segments
-    track, start = located(segments, steps=100)
+@pytest.fixture(scope="module")
+def drawn(segments):
+    """Lengths of the tracks, and track and first frame of the segments of 100 batches."""
+    return segments[1], *located(segments[0], steps=100)
+
+
+def test_views_come_from_the_right_frames_of_one_piece(drawn):
+    lengths, track, start = drawn
     assert (track[0] == track[1]).all() and (track[0] == track[2]).all()
     assert (start[0] == start[2]).all()                        # views 0 and 2 are the same segment
     counts = np.maximum(1, lengths // PIECE)
@@ -147,9 +152,8 @@ def test_views_come_from_the_right_frames_of_one_piece(segments):
     assert {(t, p) for t, p in zip(track[0], piece[0])} == {(t, p) for t in range(40) for p in range(counts[t])}
 
 
-def test_the_two_segments_do_not_overlap_where_there_is_room(segments):
-    segments, lengths = segments
-    track, start = located(segments, steps=100)
+def test_the_two_segments_do_not_overlap_where_there_is_room(drawn):
+    lengths, track, start = drawn
     distance = np.abs(start[0] - start[1])
     room = lengths[track[0]] >= 2 * SEGMENT
     assert (distance[room] >= SEGMENT).all() and room.any() and not room.all()
