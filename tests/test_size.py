@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"data.py": (1040, 9500), "model.py": (230, 2100), "losses.py": (475, 4000), "train.py": (545, 4400),
+LIMITS = {"data.py": (1040, 9500), "model.py": (230, 2100), "losses.py": (480, 3800), "train.py": (540, 4270),
           "probe.py": (2015, 19350)}  # lines, tokens
 NAMES = 35
 LAYOUT = {token.NEWLINE, token.NL, token.INDENT, token.DEDENT, token.ENDMARKER, token.COMMENT, token.ENCODING}
