@@ -29,10 +29,9 @@ def in_float32(loss):
 def circle_point(profiles, omega):
     """(..., 12), non-negative with sum 1 -> real and imaginary part (...) of z = sum_q y[q] exp(2 pi i omega q / 12).
 
-    z is the centre of gravity of a pitch profile y when class q sits at the angle 2 pi omega q / 12: omega = 1 is the
-    circle of semitones; omega = 7 the circle of fifths, where a step of 7 semitones turns by 30 degrees (7 * 7 = 49 = 1
-    mod 12), so that keys which share six of their seven notes are neighbours. |z| = 1 only for a one-hot profile, z = 0
-    for a uniform one. (STONE, section 3; a discrete Fourier coefficient.)
+    The centre of gravity of a pitch profile y on a circle (STONE, section 3). omega = 1 is the circle of semitones; 7
+    the circle of fifths, where 7 semitones turn by 30 degrees (7 * 7 = 49 = 1 mod 12), so that keys which share six of
+    their seven notes are neighbours. |z| = 1 only for a one-hot profile, z = 0 for a uniform one.
     """
     angle = 2 * math.pi * omega * torch.arange(12, device=profiles.device, dtype=torch.float32) / 12
     profiles = profiles.float()
@@ -47,17 +46,16 @@ def cpsd(profiles, shifts, omega=7, pairs=None):
 
         | exp(2 pi i omega (s_a - s_b) / 12) - z_a conj(z_b) |^2
 
-    No key labels are used. The constraint is only that if view a is s semitones above view b, its point must lie
-    omega * s / 12 of a turn ahead; an output that turns along with the music is, up to one rotation of the whole
-    circle, the key. 0 for one-hot profiles at the right shift, 1 for uniform profiles (z = 0), 4 for opposite points.
+    If view a is s semitones above view b, its point must lie omega * s / 12 of a turn ahead; an output that turns along
+    with the music is, up to one rotation of the whole circle, the key. 0 for one-hot profiles at the right shift, 1 for
+    uniform profiles (z = 0), 4 for opposite points.
 
     The trap. STONE's three terms hold one pair at the *same* pitch: |1 - z_1 conj(z_2)|^2. An output that ignores its
     input satisfies that pair and pays a little more for the other two: a constant with |z|^2 = 1/3 scores 2.67 in
     total, under the 3.00 of a uniform output, and networks that are not equivariant by construction, such as a ViT,
-    stay there. Without the same-pitch pair a constant output is never better than the uniform one: for two different
-    crops drawn from 0..12 the mean of exp(i turn) is -1/13, so a constant scores 1 + 2/13 |z|^2 + |z|^4 per pair,
-    always above the uniform output's 1. Growing |z| pays only if the point really turns. So the tasks below pass only
-    pairs whose crops differ. z = 0 stays a saddle (the gradient is of second order in z); README: how a run leaves it.
+    stay there. So the tasks below pass only pairs whose crops differ: for two different crops drawn from 0..12 the mean
+    of exp(i turn) is -1/13, a constant scores 1 + 2/13 |z|^2 + |z|^4 per pair, always above the uniform output's 1.
+    z = 0 stays a saddle (the gradient is of second order in z).
     """
     total, (re, im) = 0.0, circle_point(profiles, omega)                   # (views, batch) each
     pairs = pairs or list(combinations(range(len(profiles)), 2))
@@ -74,24 +72,31 @@ KEY_PROFILES = {"major": (.238, .006, .111, .006, .137, .094, .016, .214, .009, 
                 "minor": (.220, .006, .104, .123, .019, .103, .012, .214, .062, .022, .061, .052)}
 
 
+def spectral_peaks(cqt):
+    """(items, frames, bins): bins not below their neighbours, the partials, stay; slopes, drums and noise become 0."""
+    return cqt.where(cqt >= F.max_pool1d(cqt, 3, stride=1, padding=1), 0)
+
+
+def centred(x):
+    """Minus the mean, then of length 1, over the last dimension: the product of two such vectors is a correlation."""
+    return F.normalize(x - x.mean(dim=-1, keepdim=True), dim=-1)
+
+
 @in_float32
 def template_keys(cqt):
     """A key template: cqt (batch, frames, 84 or 96 bins from an A) in [0, 1] -> correlations (batch, 24).
 
-    Keep spectral peaks (bins not below their neighbours), whiten them (minus the mean over 13 bins, not below 0),
-    average over frames and octaves, the middle octaves weighted most, and correlate this chroma with the 24 rotated
-    profiles: major keys by their tonic, C = 0, then minor keys. No training and no labels; our choice, by trial on real
-    recordings (tests/README.md).
+    Keep spectral peaks, whiten them (minus the mean over 13 bins, not below 0), average over frames and octaves, the
+    middle octaves weighted most, and correlate this chroma with the 24 rotated profiles: major keys by their tonic,
+    C = 0, then minor keys. No training, no labels; our choice, by trial on real recordings (tests/README.md).
     """
-    cqt = cqt.float()
-    peaks = cqt.where(cqt >= F.max_pool1d(cqt, 3, stride=1, padding=1), 0)                     # (batch, frames, bins)
+    peaks = spectral_peaks(cqt.float())                                                        # (batch, frames, bins)
     white = (peaks - F.avg_pool1d(peaks, 13, 1, 6, count_include_pad=False)).clamp(min=0)
     octaves = (torch.arange(cqt.shape[-1], device=cqt.device) - cqt.shape[-1] / 2) / 12        # from the middle
     spectrum = white.mean(dim=1) * torch.exp(-(octaves / 2) ** 2 / 2)                          # (batch, bins)
     chroma = spectrum.unflatten(-1, (-1, 12)).mean(dim=1).roll(9, dims=-1)                     # (batch, 12), C = 0
     rows = [torch.tensor(profile).roll(tonic) for profile in KEY_PROFILES.values() for tonic in range(12)]
     profiles = torch.stack(rows).to(cqt.device)                                                # (24, 12)
-    centred = lambda x: F.normalize(x - x.mean(dim=-1, keepdim=True), dim=-1)
     return centred(chroma) @ centred(profiles).T
 
 
@@ -106,10 +111,7 @@ def nt_xent(z, tracks=None, temperature=0.1):
     over cosine similarities divided by `temperature`. Every other view of the same item is a positive (the mean over
     them is taken), every other item a negative. What two excerpts of a track share (instruments, room, mix, style) is
     kept; what differs (the notes of one bar) is discarded. tracks (batch,) int64: different items of one track are
-    neither positives nor negatives of each other, such pairs are masked out (our choice; without it, none are).
-
-    If all embeddings coincide, the 2N - 1 candidates of two views are equally likely and the loss is log(2N - 1): the
-    value at chance depends on the batch size. With N = 1 and two views the only candidate is right: 0.
+    neither positives nor negatives of each other (our choice). At chance, with two views: log(2 batch - 1).
     """
     views, batch, _ = z.shape
     z = F.normalize(z.float().flatten(0, 1), dim=-1)                       # (views * batch, dim)
@@ -126,9 +128,9 @@ def nt_xent(z, tracks=None, temperature=0.1):
 def byol(prediction, target):
     """BYOL, eq. 2: predict the EMA teacher's projection of the *other* excerpt.
 
-    prediction, target (2, batch, dim) of student and teacher; no gradient reaches the target. The sum of 2 - 2 cosine
-    over the crossed pairs, mean over the batch: 0 for equal directions, 4 orthogonal, 8 opposite. There are no
-    negatives; the student's predictor and the slow teacher prevent a constant output.
+    prediction, target (2, batch, dim) of student and teacher. The sum of 2 - 2 cosine over the crossed pairs, mean over
+    the batch: 0 for equal directions, 4 orthogonal, 8 opposite. There are no negatives; the student's predictor and the
+    slow teacher, which no gradient reaches, prevent a constant output.
     """
     cosine = F.cosine_similarity(prediction.float(), target.detach().float().flip(0), dim=-1)  # (2, batch)
     return (2 - 2 * cosine).mean(dim=1).sum()
@@ -152,8 +154,8 @@ def cluster(student, teacher, centre, teacher_temperature, student_temperature=0
 def barlow(a, b, off_diagonal=0.005):
     """Barlow Twins, eq. 1: each dimension correlates with itself over the two views and with no other dimension.
 
-    a, b (batch, dim). C = correlation of a's with b's dimensions over the batch (biased deviation). Sum of (1 - C_ii)^2
-    plus 0.005 times the sum of C_ij^2, i != j. 0 for equal, decorrelated views.
+    a, b (batch, dim), C their correlation over the batch (biased deviation). Sum of (1 - C_ii)^2 plus 0.005 times the
+    sum of C_ij^2, i != j. 0 for equal, decorrelated views.
     """
     standardise = lambda x: (x - x.mean(dim=0)) / (x.var(dim=0, unbiased=False) + 1e-5).sqrt()
     a, b = standardise(a.float()), standardise(b.float())
@@ -201,8 +203,8 @@ TRANSPOSED_PAIRS = [(0, 2), (1, 2)]  # the views whose crops differ (data.Segmen
 def circulant_(weight):
     """Initialise (outputs, bins) so that transposing the input by a semitone only rotates each group of 12 outputs.
 
-    Row 12 k + q weighs pitch class p as row 12 k weighs p - q, alike in every octave but for a random factor. With all
-    else the identity the network is then equivariant, at initialisation only. Other rows keep their values.
+    Row 12 k + q weighs pitch class p as row 12 k weighs p - q, in each octave times a random factor. With all else the
+    identity the network is then equivariant, at initialisation only. Other rows keep their values.
     """
     outputs, bins = weight.shape
     groups, octaves = outputs // 12, bins // 12
@@ -235,23 +237,26 @@ def projector(dim, out, width=None, norm=nn.Identity):
 
 
 class Pretext(nn.Module):
-    """A pretext task. A subclass sets what it needs, makes its head, and returns its loss.
-
-    branch: the spectrogram whose mean is the initial value of the class token, "cqt" or "mel"; views: 2 segments at one
-    pitch, or 3, with segment A transposed (data.Segments); needs_teacher: the moving average of the network;
-    needs_spectrogram: the input. A subclass is made with the width `dim` of the trunk, has `head`, and implements
+    """A pretext task. A subclass is made with the width `dim` of the trunk, sets what it needs, and implements
 
         forward(token, batch, teacher) -> (loss, {name: scalar to log})
 
+    branch: the spectrogram whose mean is the initial value of the class token, "cqt" or "mel"; views: 2 segments at one
+    pitch, or 3, with segment A transposed (data.Segments); needs_teacher: the moving average of the network.
+
     token (views, batch, dim); batch: "shifts" (views, batch) semitones up, "keys" (batch,) 0..23 or -1, "tracks"
     (batch,), "progress" of the run, 0 to 1, and with needs_spectrogram "cqt" (2, batch, frames, 84) and "mel" (2,
-    batch, frames, 128); teacher: None, or (the teacher's copy of this task, its token (2, batch, dim)). With several
-    processes, too, all of this is of the whole batch.
+    batch, frames, 128); teacher: None, or (the teacher's copy of this task, its token (2, batch, dim)).
     """
     branch, views, needs_teacher, needs_spectrogram = "mel", 2, False, False
 
     def reset(self):
         """Called after the general initialisation, for heads that start otherwise."""
+
+
+def sum_relatives(log_keys):
+    """Log probabilities of keys (..., 12 or 24) -> pitch profile over key signatures (..., 12), with sum 1."""
+    return log_keys.exp().unflatten(-1, (-1, 12)).sum(dim=-2)
 
 
 class CPSD(Pretext):
@@ -277,21 +282,22 @@ class CPSD(Pretext):
         return self.log_keys(token).exp()
 
     def profile(self, token):
-        """token (..., dim) -> pitch profile (..., 12) over key signatures, summing to 1."""
-        return self.keys(token).unflatten(-1, (-1, 12)).sum(dim=-2)
+        """token (..., dim) -> pitch profile (..., 12)."""
+        return sum_relatives(self.log_keys(token))
 
-    def equivariance(self, profile, batch):
-        """CPSD of the profile (3, batch, 12), averaged over the circles, and the mean |z| to log."""
+    def equivariance(self, log_keys, batch):
+        """CPSD of log_keys (3, batch, outputs), averaged over the circles, and the mean |z| to log."""
+        profile = sum_relatives(log_keys)                                  # (3, batch, 12)
         loss = sum(cpsd(profile, batch["shifts"], omega, TRANSPOSED_PAIRS) for omega in self.omegas) / len(self.omegas)
-        re, im = circle_point(profile.detach(), self.omegas[0])
+        re, im = circle_point(profile, self.omegas[0])
         return loss, {"mean_abs_z": (re ** 2 + im ** 2).sqrt().mean()}
 
     def forward(self, token, batch, teacher=None):
-        return self.equivariance(self.profile(token), batch)
+        return self.equivariance(self.log_keys(token), batch)
 
 
 class SKey(CPSD):
-    """S-KEY: 24 outputs, major keys first; CPSD on the sum of relatives, and a pseudo-label from chroma for the mode.
+    """S-KEY: 24 outputs; CPSD on the sum of relatives, and a pseudo-label from chroma for the mode.
 
     (Chroma: the level of each pitch class, all octaves together. Relatives, tonic, triad: see the songs in data.py.)
     Output q (major) and 12 + q (its relative minor) share a key signature. The pseudo-label is the one whose tonic
@@ -314,11 +320,9 @@ class SKey(CPSD):
     def pseudo_label(self, profile, batch):
         """profile (views, batch, 12) -> (batch,), 1.0 where the signature's major tonic triad is the louder one."""
         cqt = batch["cqt"][:2].flatten(0, 1).float()                                           # (2 batch, frames, 84)
-        # Bins louder than their neighbours are partials; the rest is the filters' slopes, drums and noise.
-        peaks = torch.where(cqt >= F.max_pool1d(cqt, 3, stride=1, padding=1), cqt, 0)          # (2 batch, frames, 84)
-        chroma = peaks.unflatten(0, (2, -1)).unflatten(-1, (-1, 12)).mean(dim=(0, 2, 3))       # (batch, 12), from bin 0
-        centred = F.normalize(chroma - chroma.mean(dim=-1, keepdim=True), dim=-1)
-        template_posterior = (10 * centred @ self.scales.T).softmax(dim=-1)                    # (batch, 12)
+        peaks = spectral_peaks(cqt).unflatten(0, (2, -1)).unflatten(-1, (-1, 12))    # (2, batch, frames, octaves, 12)
+        chroma = peaks.mean(dim=(0, 2, 3))                                                     # (batch, 12), from bin 0
+        template_posterior = (10 * centred(chroma) @ self.scales.T).softmax(dim=-1)            # (batch, 12)
         mean_profile = profile[:2].mean(dim=0)                                                 # (batch, 12)
         rotated = torch.stack([mean_profile.roll(-r, dims=-1) for r in range(12)])             # (12, batch, 12)
         self.alignment.lerp_((rotated * template_posterior).sum(dim=-1).mean(dim=-1), 0.05)
@@ -329,24 +333,21 @@ class SKey(CPSD):
 
     def forward(self, token, batch, teacher=None):
         log_keys = self.log_keys(token)                                                        # (3, batch, 24)
-        profile = log_keys.exp().unflatten(-1, (2, 12)).sum(dim=-2)                            # (3, batch, 12)
-        loss, logs = self.equivariance(profile, batch)
+        loss, logs = self.equivariance(log_keys, batch)
         log_major, log_minor = log_keys.unflatten(-1, (2, 12)).logsumexp(dim=-1).unbind(-1)    # (3, batch) each
-        label = self.pseudo_label(profile, batch)                                              # (batch,)
+        label = self.pseudo_label(sum_relatives(log_keys), batch)                              # (batch,)
         mode = -(label * log_major + (1 - label) * log_minor).mean(dim=1).sum()                # sum over three views
         balance = (log_major[:2].exp().mean() - 0.5) ** 2
-        logs |= dict(cpsd_term=loss.detach(), mode_term=mode.detach(), balance_term=balance.detach())
-        logs["major_share"] = log_major.detach().exp().mean()
+        logs |= dict(cpsd_term=loss, mode_term=mode, balance_term=balance, major_share=log_major.exp().mean())
         return loss + self.MODE * mode + self.BALANCE * balance, logs
 
 
 class Template(CPSD):
-    """Ours: 24 outputs, CPSD on the sum of relatives, and the key of a template as a pseudo-label.
+    """Ours: 24 outputs, CPSD on the sum of relatives, and the key of a template as a soft pseudo-label.
 
     CPSD determines the key only up to a per-song offset: on real recordings a network without labels locks to the
-    riff, the scale or the tonic of each track. A template without labels (template_keys) removes the offset. S-KEY
-    takes the mode from chroma in the same spirit; here the label is the whole key, a soft one, and CPSD keeps the
-    outputs equivariant. The label is of views 0 and 1 and turns with the crop of view 2.
+    riff, the scale or the tonic of each track. A template without labels (template_keys) removes the offset; CPSD keeps
+    the outputs equivariant. The label is of views 0 and 1 and turns with the crop of view 2.
     """
     outputs, needs_spectrogram = 24, True
     SHARPNESS, LABEL = 15.0, 1.0  # of the template's softmax; weight of the label (our choice)
@@ -355,25 +356,25 @@ class Template(CPSD):
     def pseudo_label(self, batch):
         """Probability of each output in each view, (3, batch, 24), from the input of views 0 and 1."""
         keys = template_keys(batch["cqt"].transpose(0, 1).flatten(1, 2)).mul(self.SHARPNESS).softmax(dim=-1)
-        keys = torch.stack([keys[:, :12], keys[:, 12:].roll(3, dims=1)], dim=1)                # (batch, 2, 12)
+        keys = torch.cat([keys[:, :12], keys[:, 12:].roll(3, dims=1)], dim=1)                  # minor: its signature
         turn = batch["shifts"] - batch["shifts"][0]                                            # (3, batch) semitones
         place = (torch.arange(12, device=keys.device) - turn[..., None]) % 12                  # (3, batch, 12)
-        return keys.expand(3, -1, -1, -1).gather(-1, place[:, :, None].expand(-1, -1, 2, -1)).flatten(-2)
+        return keys.expand(3, -1, -1).gather(-1, torch.cat([place, place + 12], dim=-1))
 
     def forward(self, token, batch, teacher=None):
         log_keys = self.log_keys(token)                                                        # (3, batch, 24)
-        loss, logs = self.equivariance(log_keys.exp().unflatten(-1, (2, 12)).sum(dim=-2), batch)
+        loss, logs = self.equivariance(log_keys, batch)
         label_loss = -(self.pseudo_label(batch) * log_keys).sum(dim=-1).mean()
-        logs |= dict(cpsd_term=loss.detach(), label_term=label_loss.detach())
+        logs |= dict(cpsd_term=loss, label_term=label_loss)
         return loss + self.LABEL * label_loss, logs
 
 
 class Tone(SKey):
     """Semi-TONE: 24 outputs and CPSD; the views of a piece agree on the mode, or where it has a label, learn its key.
 
-    Without any label this is STONE's 24-class model, with labels on all pieces its supervised one. A label names the
-    key as played, before the shift. Labelled pieces have no agreement term (our choice): it favours one mode for all;
-    beside it even labels on every piece did not teach the mode.
+    Without labels this is STONE's 24-class model. A label names the key as played, before the shift. Labelled pieces
+    have no agreement term (our choice): it favours one mode for all; beside it even labels on every piece did not teach
+    the mode.
     """
     needs_spectrogram = False
     # Which view's major share teaches which (target, prediction, weight), times 1.5: STONE's 24-class code.
@@ -381,10 +382,11 @@ class Tone(SKey):
 
     def forward(self, token, batch, teacher=None):
         log_keys = self.log_keys(token)                                                        # (3, batch, 24)
-        loss, logs = self.equivariance(log_keys.exp().unflatten(-1, (2, 12)).sum(dim=-2), batch)
+        loss, logs = self.equivariance(log_keys, batch)
         log_modes = log_keys.unflatten(-1, (2, 12)).logsumexp(dim=-1)                          # (3, batch, 2)
-        nll_of = lambda target, prediction: -(log_modes[target].exp() * log_modes[prediction]).sum(dim=-1)  # (batch,)
-        agreement = sum(weight * nll_of(target, prediction) for target, prediction, weight in self.AGREE)
+        agreement = 0.0                                                                        # (batch,)
+        for target, prediction, weight in self.AGREE:
+            agreement = agreement - weight * (log_modes[target].exp() * log_modes[prediction]).sum(dim=-1)
         label = batch["keys"]                                                                  # (batch,), -1: none
         labelled = (label >= 0).float()                                                        # (batch,)
         signature = torch.where(label < 12, label, label + 3) % 12                             # (batch,)
@@ -392,8 +394,7 @@ class Tone(SKey):
         nll = -log_keys.gather(-1, target[..., None])[..., 0]                                  # (3, batch)
         mode = (agreement * (1 - labelled)).sum() / (1 - labelled).sum().clamp(min=1)
         label_loss = (nll * labelled).sum() / (3 * labelled.sum()).clamp(min=1)
-        logs |= dict(cpsd_term=loss.detach(), mode_term=mode.detach(), label_term=label_loss.detach())
-        logs["labelled_share"] = labelled.mean()
+        logs |= dict(cpsd_term=loss, mode_term=mode, label_term=label_loss, labelled_share=labelled.mean())
         return loss + self.MODE * mode + label_loss, logs
 
 
@@ -456,18 +457,15 @@ class Barlow(Pretext):
         self.head = projector(dim, 1024, norm=ViewNorm)
 
     def forward(self, token, batch, teacher=None):
-        a, b = self.head(token)
-        return barlow(a, b) / 1024, {}
+        return barlow(*self.head(token)) / 1024, {}
 
 
 class VICReg(Barlow):
     """VICReg on the same head; the loss divided by its weight 25 has the scale of the others."""
 
     def forward(self, token, batch, teacher=None):
-        a, b = self.head(token)
-        return vicreg(a, b) / 25, {}
+        return vicreg(*self.head(token)) / 25, {}
 
 
-PRETEXT = {"cpsd": CPSD, "cpsd1": partial(CPSD, omegas=(1,)), "skey": SKey, "template": Template,
-           "tone": Tone, "ntxent": NTXent, "byol": BYOL,
-           "cluster": Cluster, "barlow": Barlow, "vicreg": VICReg}
+PRETEXT = {"cpsd": CPSD, "cpsd1": partial(CPSD, omegas=(1,)), "skey": SKey, "template": Template, "tone": Tone,
+           "ntxent": NTXent, "byol": BYOL, "cluster": Cluster, "barlow": Barlow, "vicreg": VICReg}

@@ -1,9 +1,7 @@
 """Train MT2 or one of its single-token baselines.
 
     python train.py --tokens cpsd,ntxent                      the main job: synthetic songs, seven minutes on two cores
-    python train.py --tokens cpsd --out out/cpsd              one token alone: the paper's baselines
-    python train.py --data ~/Music --out out/mine             your own recordings
-    python train.py --data synth ~/Music --mix 3,1            both, three pieces in four of them synthetic
+    python train.py --data synth ~/Music --mix 3,1            with your recordings, three pieces in four synthetic
     python train.py --tokens template,ntxent --weights 1,0.3  any tasks of losses.PRETEXT, and how much each counts
     python train.py --preset mt2                              the paper's recipe; myna-base: another paper's
     python train.py --out out/mine --resume                   continue, bit for bit, from the last checkpoint
@@ -35,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed._functional_collectives import all_gather_single_autograd
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
@@ -89,12 +88,12 @@ def make_batch(segments, model, seed, step, mask, steps, device, share=slice(Non
     """
     pin = torch.device(device).type == "cuda"
     move = lambda x: (x.pin_memory() if pin and not x.is_cuda else x).to(device, non_blocking=True)
+    to_frames = lambda x: move(x) if segments.device.type == "cuda" else x  # numbers of frames go where the frames are
     views = max(task.views for task in model.heads.values())
     whole_frames = model.patches == [None]
     needs_spectrogram = any(task.needs_spectrogram for task in model.heads.values())
     drawn = segments.draw(seed, step, views, mask if whole_frames else 0.0, share)
-    rows = move(drawn["rows"]) if segments.device.type == "cuda" else drawn["rows"]
-    frames = segments.gather(rows)                                         # (views, share, kept, 224) uint8
+    frames = segments.gather(to_frames(drawn["rows"]))                     # (views, share, kept, 224) uint8
     crops = move(drawn["crops"])                                           # (views, batch)
     batch = dict(shifts=-crops, keys=move(drawn["keys"]), tracks=move(drawn["tracks"]))  # a crop c bins up: c down
     batch["progress"] = torch.full((), step / max(1, steps - 1), device=device)
@@ -109,7 +108,7 @@ def make_batch(segments, model, seed, step, mask, steps, device, share=slice(Non
         patches = cut_patches(frames[..., data.N_BINS:], size)             # (views, share, n, pixels) uint8
         rng = np.random.default_rng([seed, step, 1 + patch])
         kept = data.kept_positions(rng, (views, segments.batch_size), patches.shape[2], mask)[:, share]
-        kept = move(torch.from_numpy(kept)) if frames.is_cuda else torch.from_numpy(kept)   # (views, share, kept)
+        kept = to_frames(torch.from_numpy(kept))                           # (views, share, kept)
         patches = patches.gather(2, kept[..., None].expand(-1, -1, -1, patches.shape[3]))
         batch["inputs"].append((None, move(patches).float() / 255, move(kept)))
     return batch
@@ -148,7 +147,7 @@ def training_losses(model, teacher, batch):
             average = (teacher.heads[name], targets[name]) if task.needs_teacher else None
             loss, extra = task(tokens[name][:task.views], batch | spectrograms, average)
             losses[name] = losses[name] + loss / len(batch["inputs"])
-            logs |= {f"{name}_{key}" if key in logs else key: value for key, value in extra.items()}
+            logs |= {f"{name}_{key}" if key in logs else key: value.detach() for key, value in extra.items()}
     return losses, logs, {name: token[0].detach() for name, token in tokens.items()}
 
 
@@ -161,19 +160,18 @@ def update_teacher(teacher, model, progress):
 
 def make_optimizer(model):
     """AdamW. Matrices decay; biases, norms, class tokens and positions, which have no input to scale, do not."""
-    decay, rest = [], []
+    groups = [dict(params=[], decays=True), dict(params=[], decays=False)]
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and name not in ("class_tokens", "positions")
-        (decay if is_matrix else rest).append(parameter)
-    groups = [dict(params=decay, decays=True), dict(params=rest, decays=False)]
-    return torch.optim.AdamW(groups, betas=BETAS, fused=decay[0].device.type in ("cpu", "cuda"))
+        decays = parameter.ndim >= 2 and name not in ("class_tokens", "positions")
+        groups[not decays]["params"].append(parameter)
+    return torch.optim.AdamW(groups, betas=BETAS, fused=True)
 
 
 def schedule(step, steps, peak_lr):
     """Learning rate and weight decay at `step`, pure functions of it.
 
     Linear warm-up over the share WARMUP of the run, then half a cosine down to FINAL_LR; the decay follows half a
-    cosine over the whole run. Both end with the run, whatever its length.
+    cosine over the whole run.
     """
     cosine = lambda start, end, progress: end + (start - end) * (1 + math.cos(math.pi * min(1, progress))) / 2
     rising = max(1, round(WARMUP * steps))
@@ -183,9 +181,7 @@ def schedule(step, steps, peak_lr):
     return lr, cosine(*WEIGHT_DECAY, step / max(1, steps - 1))
 
 
-def set_rates(optimizer, step, steps, peak_lr):
-    """Set what `schedule` gives for this step."""
-    lr, decay = schedule(step, steps, peak_lr)
+def set_rates(optimizer, lr, decay):
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = lr, decay * group["decays"]
 
@@ -223,28 +219,21 @@ def lost_ranks():
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise InputError("another process of this run ended or cannot be reached; see its message, then continue "
-                             "with --resume") from None
-        raise
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise InputError("another process of this run ended or cannot be reached; see its message, then continue "
+                         "with --resume") from None
 
 
 def whole_batch(x):
-    """(views, share, ...) of this rank -> (views, batch, ...) of all ranks, differentiable. One process has it all."""
-    return gather(x) if dist.is_initialized() else x
+    """(views, share, ...) of this rank -> (views, batch, ...) of all ranks, differentiable.
 
-
-@torch.compiler.disable
-def gather(x):
-    """Only this rank's share carries a gradient, times the number of ranks: the mean over ranks (average_gradients) is
-    then the sum over shares in the trunk, and in the heads, which every rank computes in full, the mean of equals."""
-    ranks, own = dist.get_world_size(), x.detach().contiguous()
-    shares = [torch.empty_like(own) for _ in range(ranks)]
-    dist.all_gather(shares, own)
-    if x.requires_grad:
-        x.register_hook(lambda gradient: gradient * ranks)
-        shares[dist.get_rank()] = x
-    return torch.cat(shares, dim=1)
+    Every rank computes the same losses, and its share gets the gradients of all of them. The mean over the ranks
+    (average_gradients) is then the sum over shares in the trunk, and in the heads the mean of equals.
+    """
+    if not dist.is_initialized():
+        return x
+    return all_gather_single_autograd(x.contiguous(), 1, dist.group.WORLD)
 
 
 def average_gradients(model):
@@ -255,13 +244,13 @@ def average_gradients(model):
     vector_to_parameters(flat / dist.get_world_size(), gradients)
 
 
-def any_rank(flag, device):
-    """Whether `flag` is true on one of the ranks."""
+def any_rank(pressed, device):
+    """Whether the list `pressed` has an entry on one of the ranks."""
     if not dist.is_initialized():
-        return bool(flag)
-    flag = torch.tensor(float(bool(flag)), device=device)
-    dist.all_reduce(flag)
-    return flag.item() > 0
+        return len(pressed) > 0
+    count = torch.tensor(len(pressed), device=device)
+    dist.all_reduce(count)
+    return count.item() > 0
 
 
 # ---------------------------------------------------------------- log and checkpoint
@@ -282,32 +271,14 @@ def collapse_report(tokens):
     return report, collapsed
 
 
-@contextmanager
-def run_folder(out, rank, step, steps):
-    """The RunLog of rank 0, None for others. Raises InputError when another run has the folder `out`."""
-    if rank > 0:
-        yield None
-        return
-    with data.locked(out, "another run is writing there; wait for its end, or choose another --out"):
-        trim_log(out / "log.jsonl", step)
-        bar = tqdm(initial=step, total=steps, desc="training", unit="step")
-        with open(out / "log.jsonl", "a") as file, bar:
-            yield RunLog(file, bar, step)
+class RunLog:
+    """log.jsonl, of which the lines past `step` are dropped, as a resumed run repeats those steps, and the bar."""
 
-
-def trim_log(path, step):
-    """Drop the lines past `step`: a resumed run repeats those steps."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
+    def __init__(self, path, bar, step):
+        self.path, self.bar, self.step, self.time, self.warned = path, bar, step, time.perf_counter(), set()
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         data.write_atomic(path, "".join(kept).encode())
-
-
-class RunLog:
-    """log.jsonl and the progress bar."""
-
-    def __init__(self, file, bar, step):
-        self.file, self.bar, self.step, self.time, self.warned = file, bar, step, time.perf_counter(), set()
 
     def write(self, step, clips, losses, logs, tokens, **numbers):
         """One line: losses and logs {name: tensor ()}, numbers, clips (of 4 s, a step) per second, collapse_report."""
@@ -316,12 +287,23 @@ class RunLog:
         report, collapsed = collapse_report(tokens)
         line = dict(step=step) | {name: scalar.item() for name, scalar in (losses | logs).items()}
         line |= numbers | dict(clips_per_s=speed) | report
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
         self.bar.set_postfix({name: line[name] for name in (*losses, "grad_norm", "clips_per_s")}, refresh=False)
         for name in set(collapsed) - self.warned:
             self.bar.write(f"warning: the {name} token has collapsed at step {step}, it is equal for all tracks")
             self.warned.add(name)
+
+
+@contextmanager
+def run_log(out, rank, step, steps):
+    """The RunLog of rank 0, None for others. Raises InputError when another run has the folder `out`."""
+    if rank > 0:
+        yield None
+        return
+    with data.locked(out, "another run is writing there; wait for its end, or choose another --out"):
+        with tqdm(initial=step, total=steps, desc="training", unit="step") as bar:
+            yield RunLog(out / "log.jsonl", bar, step)
 
 
 def save_checkpoint(path, model, teacher, optimizer, step, args):
@@ -352,6 +334,11 @@ def postponed_interrupts():
 def numbers(text):
     """'3,1' -> [3.0, 1.0]."""
     return [float(number) for number in text.split(",")]
+
+
+def flag(name):
+    """'batch_size' -> '--batch-size'."""
+    return "--" + name.replace("_", "-")
 
 
 def parse_args(argv=None):
@@ -398,9 +385,12 @@ def resolve_settings(args, device, ranks):
     print(f"device {device}, {pick_amp(device)[1]}, torch.compile {args.compile}; preset {args.preset}")
     tokens = args.tokens.split(",")
     args.weights = args.weights or [1.0] * len(tokens)
-    if min(args.steps, args.batch_size, args.log_every, args.save_every) < 1 or not 0 <= args.mask < 1:
-        raise InputError(f"--steps {args.steps}, --batch-size {args.batch_size}, --log-every {args.log_every}, "
-                         f"--save-every {args.save_every} must be 1 or more, --mask {args.mask} from 0 to below 1")
+    args.stop_at = min(args.steps, args.stop_at or args.steps)
+    for name in ("steps", "batch_size", "log_every", "save_every"):
+        if getattr(args, name) < 1:
+            raise InputError(f"{flag(name)} {getattr(args, name)}: must be 1 or more")
+    if not 0 <= args.mask < 1:
+        raise InputError(f"--mask {args.mask}: must be from 0 to below 1")
     if args.batch_size % ranks:
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of {ranks}, the number of processes")
     if len(args.weights) != len(tokens) or not all(0 < weight < math.inf for weight in args.weights):
@@ -422,8 +412,7 @@ def restore_settings(args, path):
     for name, value in saved.items():
         given = getattr(args, name)
         if given not in (value, vars(parse_args([]))[name]):
-            flag = name.replace("_", "-")
-            raise InputError(f"{path}: was trained with --{flag} {value}, not {given}; drop the flag or change --out")
+            raise InputError(f"{path}: was trained with {flag(name)} {value}, not {given}; drop it or change --out")
         setattr(args, name, value)
     return checkpoint
 
@@ -451,7 +440,7 @@ def make_model(args, device, checkpoint):
         if needs_teacher:
             teacher.load_state_dict(checkpoint["teacher"])
         return model, teacher, optimizer, int(checkpoint["step"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+    except Exception:  # a file from elsewhere fails in many ways
         raise InputError(f"{args.out}/checkpoint.pt: does not fit its settings; start anew in another --out") from None
 
 
@@ -485,16 +474,14 @@ def main(argv=None):
     if rank == 0 and ranks > 1:
         dist.barrier()
 
-    stop = max(start, min(args.steps, args.stop_at or args.steps))
-    path = args.out / "checkpoint.pt"
     share = slice(rank * args.batch_size // ranks, (rank + 1) * args.batch_size // ranks)
     make = lambda step: make_batch(segments, model, args.seed, step, args.mask, args.steps, device, share)
     forward = torch.compile(training_losses) if args.compile else training_losses
     # Products in float32 keep full precision: only the losses have any, the trunk's are in bf16 where that pays.
     amp = torch.autocast(device.type, torch.bfloat16, enabled=pick_amp(device)[0])
-    saved, leaving = time.monotonic(), False
-    with run_folder(args.out, rank, start, args.steps) as log, postponed_interrupts() as interrupted:
-        for step, batch in prefetch(make, range(start, stop)):
+    path, done, saved, leaving = args.out / "checkpoint.pt", start, time.monotonic(), False
+    with run_log(args.out, rank, start, args.steps) as log, postponed_interrupts() as interrupted:
+        for step, batch in prefetch(make, range(start, args.stop_at)):
             with amp:
                 losses, logs, tokens = forward(model, teacher, batch)
             total = sum(map(mul, args.weights, losses.values()))
@@ -507,26 +494,26 @@ def main(argv=None):
 
             done = step + 1
             # Only at these steps does the host wait for the device; what is not finite reaches no checkpoint.
-            waits = done == stop or done % args.log_every == 0 or done % args.save_every == 0
+            waits = done == args.stop_at or done % args.log_every == 0 or done % args.save_every == 0
             if waits or ranks == 1:
                 leaving = any_rank(interrupted, device)  # several ranks stop at the same step
             if (waits or leaving) and not math.isfinite(total.item() + norm.item()):
                 raise InputError(f"loss or gradient is not finite at step {step}; the last good checkpoint is {path}; "
                                  "start anew with a lower --lr in another --out")
-            set_rates(optimizer, step, args.steps, args.lr)
+            set_rates(optimizer, *schedule(step, args.steps, args.lr))
             optimizer.step()
             if teacher is not None:
                 update_teacher(teacher, model, step / max(1, args.steps - 1))
 
-            last = leaving or done == stop
+            last = leaving or done == args.stop_at
             if rank == 0:
                 log.bar.update()
-            if rank == 0 and (last or done % args.log_every == 0):
-                log.write(done, batch["shifts"].numel(), losses, logs, tokens, grad_norm=norm.item(),
-                          lr=optimizer.param_groups[0]["lr"])
-            if rank == 0 and (last or done % args.save_every == 0 and time.monotonic() - saved >= args.save_seconds):
-                save_checkpoint(path, model, teacher, optimizer, done, args)
-                saved = time.monotonic()
+                if last or done % args.log_every == 0:
+                    log.write(done, batch["shifts"].numel(), losses, logs, tokens, grad_norm=norm.item(),
+                              lr=optimizer.param_groups[0]["lr"])
+                if last or done % args.save_every == 0 and time.monotonic() - saved >= args.save_seconds:
+                    save_checkpoint(path, model, teacher, optimizer, done, args)
+                    saved = time.monotonic()
             if leaving:
                 break
     if ranks > 1:
@@ -534,8 +521,8 @@ def main(argv=None):
     if leaving:
         print(f"stopped; {path} holds step {done}, continue with --resume")
         sys.exit(130)
-    print(f"{path}: step {stop} of {args.steps}")
-    if rank == 0 and args.probe and stop == args.steps:
+    print(f"{path}: step {done} of {args.steps}")
+    if rank == 0 and args.probe and done == args.steps:
         import probe
         probe.print_synth(path, device)
 

@@ -1,10 +1,10 @@
 """Two processes train what one would: every loss and gradient, a whole run, an interrupt, a killed process."""
 import json
 import os
+import signal
 import socket
-import subprocess
 import sys
-from pathlib import Path
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -16,16 +16,18 @@ import model
 import train
 from test_train import run, store  # noqa: F401  (store is a fixture)
 
-ROOT = Path(__file__).resolve().parent.parent
+# Processes are copies of one that has imported torch, which takes longer than all they do.
+FORKS = get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "torch._dynamo", "pytest", "soundfile", "tqdm"])
 PATCHES = {"ntxent,byol of patches": dict(tokens=["ntxent", "byol"], patch="16x16,128x2", pool="mean")}
-CASES = {name: dict(tokens=[name]) for name in losses.PRETEXT} | PATCHES | {"compiled": dict(tokens=["skey", "byol"])}
+CASES = {name: dict(tokens=[name]) for name in losses.PRETEXT} | PATCHES | {"compiled": dict(tokens=["skey", "byol"], depth=1)}
 
 
 def one_step(case, store, share=slice(None)):
     """Losses, logs, tokens, buffers and gradients of one step of a small network that is far from its start."""
     torch.manual_seed(0)
-    network = model.MT2(**CASES[case], dim=32, depth=2, heads=2)
-    teacher = model.MT2(**CASES[case], dim=32, depth=2, heads=2).requires_grad_(False)
+    options = dict(dim=32, depth=2, heads=2) | CASES[case]
+    network, teacher = model.MT2(**options), model.MT2(**options).requires_grad_(False)
     with torch.no_grad():
         for p in [*network.parameters(), *teacher.parameters()]:
             p.add_(0.1 * torch.randn(p.shape))
@@ -43,6 +45,20 @@ def one_step(case, store, share=slice(None)):
     return values
 
 
+def two(work, *rest):
+    """Run work(rank, *rest) in two processes, and return their exit codes."""
+    running = [FORKS.Process(target=work, args=(rank, *rest)) for rank in (0, 1)]
+    for process in running:
+        process.start()
+    try:
+        for process in running:
+            process.join(timeout=600)
+    finally:
+        for process in running:
+            process.kill()
+    return [process.exitcode for process in running]
+
+
 def half(rank, folder, store):
     """One of two processes: its half of every case."""
     torch.set_num_threads(1)
@@ -56,7 +72,7 @@ def halves(song_folder, tmp_path_factory):
     """What two processes made of all cases, and the store of frames they used."""
     folder = tmp_path_factory.mktemp("halves")
     store = data.prepare_folders([song_folder], folder / "store").folder
-    torch.multiprocessing.spawn(half, (folder, store), nprocs=2)
+    assert two(half, folder, store) == [0, 0]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)], store
 
 
@@ -79,41 +95,43 @@ def test_shares_make_the_batch(halves):
     assert all(torch.equal(share[name], whole[name]) for share in shares for name in ("crops", "keys", "tracks"))
 
 
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(train.PRESETS, "small", dict(train.PRESETS["small"], dim=32, depth=1))
+
+
+def ranks_main(rank, folder, port, at_step_2, preset, flags):
+    """train.py as torchrun would start it; the second process gets a signal in its third step. Output: out0, err0, ..."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), number)
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    training_losses, steps = train.training_losses, iter(range(99))
+
+    def watched(*rest):
+        if next(steps) == 2 and rank == 1:
+            signal.raise_signal(at_step_2)
+        return training_losses(*rest)
+
+    train.training_losses, train.PRESETS["small"] = watched, preset
+    sys.argv = ["train.py", "--preset", "small", "--device", "cpu", "--no-probe", *map(str, flags)]
+    data.run_cli(train.main)
+
+
 def two_processes(folder, at_step_2, *flags):
-    """train.py as torchrun would start it, twice; the second process does `at_step_2` in that step. [(exit code, out, err)]."""
+    """ranks_main in two processes: [(exit code, out, err)]."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    script = f"""
-import os, signal, sys
-import torch
-import data, train
-torch.set_num_threads(1)
-training_losses, steps = train.training_losses, iter(range(99))
-def watched(*rest):
-    if next(steps) == 2 and os.environ["RANK"] == "1":
-        {at_step_2}
-    return training_losses(*rest)
-train.training_losses = watched
-data.run_cli(train.main)
-"""
-    start = lambda rank: subprocess.Popen(
-        [sys.executable, "-c", script, "--preset", "small", "--device", "cpu", "--no-probe", *map(str, flags)], cwd=folder,
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | dict(PYTHONPATH=str(ROOT), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)))
-    running = [start(rank) for rank in (0, 1)]
-    try:
-        output = [process.communicate(timeout=120) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    return [(process.returncode, *text) for process, text in zip(running, output)]
+    codes = two(ranks_main, folder, port, at_step_2, train.PRESETS["small"], flags)
+    return [(codes[rank], (folder / f"out{rank}").read_text(), (folder / f"err{rank}").read_text()) for rank in (0, 1)]
 
 
-def test_a_run_of_two_stops_at_one_step_and_resumes_on_one(store, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_of_two_stops_at_one_step_and_resumes_on_one(store, tmp_path, tiny, monkeypatch):  # noqa: F811
     common = ("--data", store, "--batch-size", 8, "--steps", 6, "--log-every", 2)
     run(monkeypatch, *common, "--out", tmp_path / "a")
-    first, second = two_processes(tmp_path, "signal.raise_signal(signal.SIGINT)", *common, "--out", tmp_path / "b")
+    first, second = two_processes(tmp_path, signal.SIGINT, *common, "--out", tmp_path / "b")
     assert first[0] == second[0] == 130, (first, second)
     assert "stopped" in first[1] and second[1] == "" and "training" in first[2] and "training" not in second[2]
     assert torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)["step"] == 4      # the next log line
@@ -125,8 +143,8 @@ def test_a_run_of_two_stops_at_one_step_and_resumes_on_one(store, tmp_path, monk
             assert two[name] == pytest.approx(one[name], rel=0.02), (one["step"], name)      # AdamW grows what rounding leaves
 
 
-def test_a_killed_process_ends_the_run_in_one_line(store, tmp_path):  # noqa: F811
-    first, second = two_processes(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", "--data", store, "--batch-size", 8, "--steps", 9,
+def test_a_killed_process_ends_the_run_in_one_line(store, tmp_path, tiny):  # noqa: F811
+    first, second = two_processes(tmp_path, signal.SIGKILL, "--data", store, "--batch-size", 8, "--steps", 9,
                                   "--save-every", 1, "--out", tmp_path / "run")
     assert second[0] == -9 and first[0] == 2
     assert [line for line in first[2].splitlines() if line.startswith("error: ")] == [

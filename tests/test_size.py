@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"data.py": (1070, 9700), "model.py": (230, 2100), "losses.py": (475, 4000), "train.py": (545, 4400),
-          "probe.py": (1990, 18910)}  # lines, tokens
+LIMITS = {"data.py": (1040, 9080), "model.py": (230, 2100), "losses.py": (475, 3800), "train.py": (535, 4270),
+          "probe.py": (1990, 18930)}  # lines, tokens
 NAMES = 35
 LAYOUT = {token.NEWLINE, token.NL, token.INDENT, token.DEDENT, token.ENDMARKER, token.COMMENT, token.ENCODING}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
