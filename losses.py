@@ -1,6 +1,6 @@
 """Pretext tasks: what a class token is trained for, without labels. One class each, found by its name in PRETEXT.
 
-    key        cpsd, cpsd1 (STONE)    skey (S-KEY)    template (ours)    tone (Semi-TONE: with some labels)
+    key        cpsd, cpsd1 (STONE)    skey (S-KEY)    tone (Semi-TONE: with some labels)
     style      ntxent (SimCLR)    byol    cluster (DINO)    barlow (Barlow Twins)    vicreg
 
 First the losses as plain functions, all in float32, then the tasks. `train.py --tokens a,b,c` trains any set of them.
@@ -68,13 +68,9 @@ def cpsd(profiles, shifts, omega=7, pairs=None):
 
 
 # Share of each pitch class in pieces in C major and C minor (Albrecht and Shanahan 2013).
-KEY_PROFILES = {"major": (.238, .006, .111, .006, .137, .094, .016, .214, .009, .080, .008, .081),
-                "minor": (.220, .006, .104, .123, .019, .103, .012, .214, .062, .022, .061, .052)}
-
-
-def spectral_peaks(cqt):
-    """(items, frames, bins): bins not below their neighbours, the partials, stay; slopes, drums and noise become 0."""
-    return cqt.where(cqt >= F.max_pool1d(cqt, 3, stride=1, padding=1), 0)
+MAJOR = torch.tensor([.238, .006, .111, .006, .137, .094, .016, .214, .009, .080, .008, .081])
+MINOR = torch.tensor([.220, .006, .104, .123, .019, .103, .012, .214, .062, .022, .061, .052])
+KEY_PROFILES = torch.stack([profile.roll(tonic) for profile in (MAJOR, MINOR) for tonic in range(12)])  # (24, 12)
 
 
 def centred(x):
@@ -90,13 +86,13 @@ def template_keys(cqt):
     middle octaves weighted most, and correlate this chroma with the 24 rotated profiles: major keys by their tonic,
     C = 0, then minor keys. No training, no labels; our choice, by trial on real recordings (tests/README.md).
     """
-    peaks = spectral_peaks(cqt.float())                                                        # (batch, frames, bins)
+    cqt = cqt.float()
+    peaks = cqt.where(cqt >= F.max_pool1d(cqt, 3, stride=1, padding=1), 0)                     # (batch, frames, bins)
     white = (peaks - F.avg_pool1d(peaks, 13, 1, 6, count_include_pad=False)).clamp(min=0)
     octaves = (torch.arange(cqt.shape[-1], device=cqt.device) - cqt.shape[-1] / 2) / 12        # from the middle
     spectrum = white.mean(dim=1) * torch.exp(-(octaves / 2) ** 2 / 2)                          # (batch, bins)
     chroma = spectrum.unflatten(-1, (-1, 12)).mean(dim=1).roll(9, dims=-1)                     # (batch, 12), C = 0
-    rows = [torch.tensor(profile).roll(tonic) for profile in KEY_PROFILES.values() for tonic in range(12)]
-    profiles = torch.stack(rows).to(cqt.device)                                                # (24, 12)
+    profiles = KEY_PROFILES.to(cqt.device, non_blocking=True)                                  # (24, 12)
     return centred(chroma) @ centred(profiles).T
 
 
@@ -260,8 +256,14 @@ def sum_relatives(log_keys):
 
 
 class CPSD(Pretext):
-    """STONE: the profile turns with the music. omegas: circles that are averaged, 7 of fifths, 1 of semitones."""
-    branch, views, outputs = "cqt", 3, 12
+    """STONE: the profile turns with the music. omegas: circles that are averaged, 7 of fifths, 1 of semitones.
+
+    CPSD determines the key only up to a per-song offset: on real recordings a network locks to the riff, the scale or
+    the tonic of each track. Ours: the posterior of a key template as a soft label, beside CPSD, removes the offset.
+    pseudo_label: its weight (train.py --pseudo-label); 0 is the paper's loss.
+    """
+    branch, views, outputs, pseudo_label = "cqt", 3, 12, 0.0
+    SHARPNESS = 15.0  # of the template's softmax (our choice)
 
     def __init__(self, dim, omegas=(7, 1)):
         super().__init__()
@@ -285,104 +287,83 @@ class CPSD(Pretext):
         """token (..., dim) -> pitch profile (..., 12)."""
         return sum_relatives(self.log_keys(token))
 
-    def equivariance(self, log_keys, batch):
-        """CPSD of log_keys (3, batch, outputs), averaged over the circles, and the mean |z| to log."""
-        profile = sum_relatives(log_keys)                                  # (3, batch, 12)
-        loss = sum(cpsd(profile, batch["shifts"], omega, TRANSPOSED_PAIRS) for omega in self.omegas) / len(self.omegas)
-        re, im = circle_point(profile, self.omegas[0])
-        return loss, {"mean_abs_z": (re ** 2 + im ** 2).sqrt().mean()}
-
-    def forward(self, token, batch, teacher=None):
-        return self.equivariance(self.log_keys(token), batch)
-
-
-class SKey(CPSD):
-    """S-KEY: 24 outputs; CPSD on the sum of relatives, and a pseudo-label from chroma for the mode.
-
-    (Chroma: the level of each pitch class, all octaves together. Relatives, tonic, triad: see the songs in data.py.)
-    Output q (major) and 12 + q (its relative minor) share a key signature. The pseudo-label is the one whose tonic
-    triad is louder (S-KEY: whose tonic is; that names the mode of 71 % of POP909's clips, the triad of 75 %). CPSD
-    leaves open which pitch class output 0 stands for: `alignment` averages how well the profiles, at each rotation,
-    agree with the scale whose seven notes are loudest. The balance term keeps all from being major.
-    """
-    outputs, needs_spectrogram = 24, True
-    # S-KEY (code; its paper has 15). There CPSD is a sum over three pairs, here a mean, so these are thirds of theirs.
-    MODE, BALANCE = 1.5 / 3, 20.0 / 3
-
-    def __init__(self, dim, omegas=(7, 1)):
-        super().__init__(dim, omegas)
-        self.register_buffer("alignment", torch.zeros(12))
-        major = torch.tensor([1, 0, 1, 0, 1, 1, 0, 1, 0, 1, 0, 1.])
-        self.register_buffer("scales", torch.stack([major.roll(q) for q in range(12)]), persistent=False)
-        self.register_buffer("triads", torch.tensor([0, 4, 7, -3, 0, 4]), persistent=False)  # major, relative minor
+    @property
+    def needs_spectrogram(self):
+        return self.pseudo_label > 0
 
     @torch.no_grad()
-    def pseudo_label(self, profile, batch):
-        """profile (views, batch, 12) -> (batch,), 1.0 where the signature's major tonic triad is the louder one."""
-        cqt = batch["cqt"][:2].flatten(0, 1).float()                                           # (2 batch, frames, 84)
-        peaks = spectral_peaks(cqt).unflatten(0, (2, -1)).unflatten(-1, (-1, 12))    # (2, batch, frames, octaves, 12)
-        chroma = peaks.mean(dim=(0, 2, 3))                                                     # (batch, 12), from bin 0
-        template_posterior = (10 * centred(chroma) @ self.scales.T).softmax(dim=-1)            # (batch, 12)
-        mean_profile = profile[:2].mean(dim=0)                                                 # (batch, 12)
-        rotated = torch.stack([mean_profile.roll(-r, dims=-1) for r in range(12)])             # (12, batch, 12)
-        self.alignment.lerp_((rotated * template_posterior).sum(dim=-1).mean(dim=-1), 0.05)
-        tonic = mean_profile.argmax(dim=-1) - self.alignment.argmax()                          # (batch,) of the major
-        notes = (tonic[:, None] + self.triads) % 12                                            # (batch, 6)
-        major, minor = chroma.gather(1, notes).unflatten(1, (2, 3)).sum(dim=-1).T              # (batch,) each
-        return (major > minor).float()
+    def template_posterior(self, batch):
+        """Probability of each of 24 keys in each view, (3, batch, 24), from the input of views 0 and 1.
 
-    def forward(self, token, batch, teacher=None):
-        log_keys = self.log_keys(token)                                                        # (3, batch, 24)
-        loss, logs = self.equivariance(log_keys, batch)
-        log_major, log_minor = log_keys.unflatten(-1, (2, 12)).logsumexp(dim=-1).unbind(-1)    # (3, batch) each
-        label = self.pseudo_label(sum_relatives(log_keys), batch)                              # (batch,)
-        mode = -(label * log_major + (1 - label) * log_minor).mean(dim=1).sum()                # sum over three views
-        balance = (log_major[:2].exp().mean() - 0.5) ** 2
-        logs |= dict(cpsd_term=loss, mode_term=mode, balance_term=balance, major_share=log_major.exp().mean())
-        return loss + self.MODE * mode + self.BALANCE * balance, logs
-
-
-class Template(CPSD):
-    """Ours: 24 outputs, CPSD on the sum of relatives, and the key of a template as a soft pseudo-label.
-
-    CPSD determines the key only up to a per-song offset: on real recordings a network without labels locks to the
-    riff, the scale or the tonic of each track. A template without labels (template_keys) removes the offset; CPSD keeps
-    the outputs equivariant. The label is of views 0 and 1 and turns with the crop of view 2.
-    """
-    outputs, needs_spectrogram = 24, True
-    SHARPNESS, LABEL = 15.0, 1.0  # of the template's softmax; weight of the label (our choice)
-
-    @torch.no_grad()
-    def pseudo_label(self, batch):
-        """Probability of each output in each view, (3, batch, 24), from the input of views 0 and 1."""
+        Key q (major) and 12 + q (its relative minor) share a signature. The label turns with the crop of view 2.
+        """
         keys = template_keys(batch["cqt"].transpose(0, 1).flatten(1, 2)).mul(self.SHARPNESS).softmax(dim=-1)
         keys = torch.cat([keys[:, :12], keys[:, 12:].roll(3, dims=1)], dim=1)                  # minor: its signature
         turn = batch["shifts"] - batch["shifts"][0]                                            # (3, batch) semitones
         place = (torch.arange(12, device=keys.device) - turn[..., None]) % 12                  # (3, batch, 12)
         return keys.expand(3, -1, -1).gather(-1, torch.cat([place, place + 12], dim=-1))
 
+    def key_loss(self, log_keys, batch):
+        """CPSD of log_keys (3, batch, outputs), averaged over the circles, plus the pseudo-label's cross entropy."""
+        profile = sum_relatives(log_keys)                                  # (3, batch, 12)
+        loss = sum(cpsd(profile, batch["shifts"], omega, TRANSPOSED_PAIRS) for omega in self.omegas) / len(self.omegas)
+        re, im = circle_point(profile, self.omegas[0])
+        logs = dict(cpsd_term=loss, mean_abs_z=(re ** 2 + im ** 2).sqrt().mean())
+        if self.pseudo_label > 0:
+            label = self.template_posterior(batch)                         # (3, batch, 24)
+            if self.outputs == 12:
+                label = label.unflatten(-1, (2, 12)).sum(dim=-2)           # (3, batch, 12)
+            logs["label_term"] = -(label * log_keys).sum(dim=-1).mean()
+            loss = loss + self.pseudo_label * logs["label_term"]
+        return loss, logs
+
+    def forward(self, token, batch, teacher=None):
+        return self.key_loss(self.log_keys(token), batch)
+
+
+class SKey(CPSD):
+    """S-KEY: 24 outputs; CPSD on the sum of relatives, a pseudo-label for the mode, a balance term for both modes.
+
+    Relatives share a signature, so CPSD cannot tell them apart. Pseudo-label: which relative the template prefers, at
+    its own best signature. (S-KEY compares the levels of the two tonics at the network's signature, and so needs to
+    know which pitch class output 0 stands for.) The balance term keeps all from being major.
+    """
+    outputs, needs_spectrogram = 24, True
+    # S-KEY (code; its paper has 15). There CPSD is a sum over three pairs, here a mean, so these are thirds of theirs.
+    MODE, BALANCE = 1.5 / 3, 20.0 / 3
+
+    def mode_label(self, batch):
+        """(batch,), 1.0 where the major key of the template's best signature is more probable than its relative."""
+        keys = self.template_posterior(batch)[0].unflatten(-1, (2, 12))                        # (batch, 2, 12)
+        best = keys.sum(dim=1).argmax(dim=-1)                                                  # (batch,)
+        major, minor = keys[torch.arange(len(best), device=best.device), :, best].unbind(-1)   # (batch,) each
+        return (major > minor).float()
+
     def forward(self, token, batch, teacher=None):
         log_keys = self.log_keys(token)                                                        # (3, batch, 24)
-        loss, logs = self.equivariance(log_keys, batch)
-        label_loss = -(self.pseudo_label(batch) * log_keys).sum(dim=-1).mean()
-        logs |= dict(cpsd_term=loss, label_term=label_loss)
-        return loss + self.LABEL * label_loss, logs
+        loss, logs = self.key_loss(log_keys, batch)
+        log_major, log_minor = log_keys.unflatten(-1, (2, 12)).logsumexp(dim=-1).unbind(-1)    # (3, batch) each
+        label = self.mode_label(batch)                                                         # (batch,)
+        mode = -(label * log_major + (1 - label) * log_minor).mean(dim=1).sum()                # sum over three views
+        balance = (log_major[:2].exp().mean() - 0.5) ** 2
+        logs |= dict(mode_term=mode, balance_term=balance, major_share=log_major.exp().mean())
+        return loss + self.MODE * mode + self.BALANCE * balance, logs
 
 
-class Tone(SKey):
+class Tone(CPSD):
     """Semi-TONE: 24 outputs and CPSD; the views of a piece agree on the mode, or where it has a label, learn its key.
 
     Without labels this is STONE's 24-class model. A label names the key as played, before the shift. Labelled pieces
     have no agreement term (our choice): it favours one mode for all; beside it even labels on every piece did not teach
     the mode.
     """
-    needs_spectrogram = False
+    outputs = 24
     # Which view's major share teaches which (target, prediction, weight), times 1.5: STONE's 24-class code.
     AGREE = ((0, 2, 1.0), (1, 2, 0.5), (2, 1, 0.5), (0, 1, 1.0))
 
     def forward(self, token, batch, teacher=None):
         log_keys = self.log_keys(token)                                                        # (3, batch, 24)
-        loss, logs = self.equivariance(log_keys, batch)
+        loss, logs = self.key_loss(log_keys, batch)
         log_modes = log_keys.unflatten(-1, (2, 12)).logsumexp(dim=-1)                          # (3, batch, 2)
         agreement = 0.0                                                                        # (batch,)
         for target, prediction, weight in self.AGREE:
@@ -393,9 +374,9 @@ class Tone(SKey):
         target = (signature + batch["shifts"]) % 12 + 12 * (label >= 12)                       # (3, batch)
         nll = -log_keys.gather(-1, target[..., None])[..., 0]                                  # (3, batch)
         mode = (agreement * (1 - labelled)).sum() / (1 - labelled).sum().clamp(min=1)
-        label_loss = (nll * labelled).sum() / (3 * labelled.sum()).clamp(min=1)
-        logs |= dict(cpsd_term=loss, mode_term=mode, label_term=label_loss, labelled_share=labelled.mean())
-        return loss + self.MODE * mode + label_loss, logs
+        supervised = (nll * labelled).sum() / (3 * labelled.sum()).clamp(min=1)
+        logs |= dict(mode_term=mode, supervised_term=supervised, labelled_share=labelled.mean())
+        return loss + SKey.MODE * mode + supervised, logs
 
 
 class NTXent(Pretext):
@@ -467,5 +448,5 @@ class VICReg(Barlow):
         return vicreg(*self.head(token)) / 25, {}
 
 
-PRETEXT = {"cpsd": CPSD, "cpsd1": partial(CPSD, omegas=(1,)), "skey": SKey, "template": Template, "tone": Tone,
+PRETEXT = {"cpsd": CPSD, "cpsd1": partial(CPSD, omegas=(1,)), "skey": SKey, "tone": Tone,
            "ntxent": NTXent, "byol": BYOL, "cluster": Cluster, "barlow": Barlow, "vicreg": VICReg}

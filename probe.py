@@ -1755,7 +1755,7 @@ def print_key(args):
     """Zero-shot key of songs, also per 15 s; with a CSV of keys, its scores."""
     path, model = open_model(args)
     if model.key_token() is None:
-        raise InputError(f"{path}: has no key token; train one with --tokens cpsd,ntxent or template,ntxent")
+        raise InputError(f"{path}: has no key token; train one with --tokens cpsd,ntxent or skey,ntxent")
     if args.keys:
         return score_keys(args, path, model)
     front_end, piece, failed = FrontEnd(), round(15 / FRAME_SECONDS), []

@@ -2,7 +2,7 @@
 
     python train.py --tokens cpsd,ntxent                      the main job: synthetic songs, seven minutes on two cores
     python train.py --data synth ~/Music --mix 3,1            with your recordings, three pieces in four synthetic
-    python train.py --tokens template,ntxent --weights 1,0.3  any tasks of losses.PRETEXT, and how much each counts
+    python train.py --tokens skey,ntxent --weights 1,0.3      any tasks of losses.PRETEXT, and how much each counts
     python train.py --preset mt2                              the paper's recipe; myna-base: another paper's
     python train.py --out out/mine --resume                   continue, bit for bit, from the last checkpoint
     torchrun --nproc_per_node=8 train.py --preset mt2         eight GPUs of one machine; or of two, the same on each:
@@ -72,8 +72,8 @@ FINAL_LR = 1.5e-6                # CoJEPA
 TEACHER_MOMENTUM = 0.996         # rises to 1 by a cosine (BYOL)
 SAVE_SECONDS = 30.0              # between checkpoints, at least, unless --save-every is given (our choice)
 # What a checkpoint fixes: --resume takes these from it.
-SETTINGS = ("tokens", "data", "mix", "labels_csv", "preset", "steps", "batch_size", "mask", "patch", "pool", "lr",
-            "weights", "seed")
+SETTINGS = ("tokens", "data", "mix", "pseudo_label", "labels_csv", "preset", "steps", "batch_size", "mask", "patch",
+            "pool", "lr", "weights", "seed")
 
 
 # ---------------------------------------------------------------- one step
@@ -347,6 +347,8 @@ def parse_args(argv=None):
     add("--tokens", help=f"pretext tasks, one class token each: any of {', '.join(PRETEXT)}; default: the preset's")
     add("--data", nargs="+", default=["synth"], help="folders of music or frame stores; default: synth, built-in songs")
     add("--mix", type=numbers, help="how often each source of --data is drawn from, as 3,1; default: by its pieces")
+    add("--pseudo-label", type=float, default=0.0, help="weight of a key template as soft label of the key token; "
+        "default: 0, the papers' losses; 1 for real recordings")
     add("--labels-csv", help="CSV with columns file,key: labels for the token tone; default: no labels")
     add("--out", type=Path, default="out/mt2", help="run folder; default: %(default)s")
     add = parser.add_argument_group("size and length, by default the preset's").add_argument
@@ -391,6 +393,8 @@ def resolve_settings(args, device, ranks):
             raise InputError(f"{flag(name)} {getattr(args, name)}: must be 1 or more")
     if not 0 <= args.mask < 1:
         raise InputError(f"--mask {args.mask}: must be from 0 to below 1")
+    if not 0 <= args.pseudo_label < math.inf:
+        raise InputError(f"--pseudo-label {args.pseudo_label}: must be 0 or more")
     if args.batch_size % ranks:
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of {ranks}, the number of processes")
     if len(args.weights) != len(tokens) or not all(0 < weight < math.inf for weight in args.weights):
@@ -427,6 +431,8 @@ def make_model(args, device, checkpoint):
         model = MT2(args.tokens.split(","), args.dim, args.depth, args.heads, patch=args.patch, pool=args.pool)
     except ValueError as error:
         raise InputError(f"--tokens, --patch or --pool: {error}") from None
+    for task in model.heads.values():
+        task.pseudo_label = args.pseudo_label  # the key tasks use it
     model.to(device).train()
     print(f"tokens {args.tokens}, {sum(map(torch.numel, model.parameters())) / 1e6:.2f} M parameters, lr {args.lr:g}")
     needs_teacher = any(task.needs_teacher for task in model.heads.values())
