@@ -5,14 +5,13 @@ import shutil
 import sys
 from pathlib import Path
 
-import probe
-
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
 def test_quick_commands_and_snippets_run_as_they_stand(tmp_path, song_folder, monkeypatch):
     """Every fenced block marked `quick`, in order, in a folder that holds the weights, music/ and song.ogg."""
+    import probe
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "tests" / "weights", "tests/weights")
     shutil.copytree(song_folder, "music")
