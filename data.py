@@ -6,10 +6,13 @@
 A ViT-1D takes one spectrogram frame as one token. This file makes the frames, and the views that training compares.
 
 The little music theory it takes: a note an octave higher has twice the frequency and the same name, its pitch class.
-An octave is divided into 12 equal steps, semitones, each a factor of 2^(1/12) in frequency. To transpose music is to
-move all its notes by the same number of semitones; its key changes, its timbre (what distinguishes a flute from a
-violin on the same note) does not. Hence two spectrograms. The CQT (constant-Q transform) has one bin a semitone, so
-transposed music is the same image some rows higher. The mel spectrogram has the ear's frequency scale and shows timbre.
+An octave is divided into 12 equal steps, semitones, each a factor of 2^(1/12) in frequency. A key picks 7 of the 12
+pitch classes, its scale, and one of them as home, the tonic. Major and minor scales differ in which steps are small; A
+minor has the notes of C major (its relative), so both share one key signature: 12 signatures, 24 keys. Keys a fifth (7
+semitones) apart differ in one note. To transpose music is to move all its notes by the same number of semitones; its
+key changes, its timbre (what distinguishes a flute from a violin on the same note) does not. Hence two spectrograms.
+The CQT (constant-Q transform) has one bin a semitone, so transposed music is the same image some rows higher. The mel
+spectrogram has the ear's frequency scale and shows timbre.
 
 Every recording is decoded once, transformed into both on one time grid (31.25 frames a second), and kept in a memory
 map, the frame store:
@@ -647,7 +650,7 @@ def crop_views(frames, crops):
 
 
 def training_views(frames, crops):
-    """crop_views for the views of Segments.batch, with the mel of the transposed view 2 zeroed.
+    """crop_views for the views of Segments, with the mel of the transposed view 2 zeroed.
 
     An uncropped mel beside a cropped CQT gives away where the crop starts: a network that compares the two can output
     the crop itself. That output shifts with the crop as CPSD asks, and has nothing to do with key: a shortcut solution.
@@ -668,8 +671,8 @@ def kept_positions(rng, shape, count, mask):
 class Segments:
     """Training batches from frame stores, each a pure function of (seed, step): resuming needs no hidden state.
 
-    Tracks are cut into pieces of about 30 s, and one item of a batch is one piece: its two segments are close in time,
-    as in CoJEPA, whether a file holds a song or an album side. Three views of each item:
+    A track is cut into pieces of about 30 s (4 to 60); a piece is one item of a batch, with two segments of 4 s, close
+    in time as in CoJEPA, and three views:
 
         view 0  segment A   crop c
         view 1  segment B   crop c     A, B do not overlap where the piece has room for two segments
@@ -733,7 +736,13 @@ class Segments:
         return rng.permutation(np.concatenate(drawn))
 
     def draw(self, seed, step, views=3, mask=0.0, share=slice(None)):
-        """As batch(), with `rows` (views, share, kept), frame numbers over all stores, in place of the frames."""
+        """A batch without its frames, a dictionary of int64 tensors; gather() gives the frames of `rows`.
+
+        rows (views, share, kept), frame numbers over all stores; positions (views, share, kept), which of the 126
+        frames of a segment were kept; crops (views, batch); keys (batch,), -1 without a label; tracks (batch,), numbers
+        unique over all stores. mask: share of frames dropped. share: the slice of the batch whose frames are wanted, as
+        each of several processes draws the same batch and reads its part.
+        """
         rng, size = np.random.default_rng([seed, step]), self.batch_size
         begin, length, track, key = self.pieces[self.draw_pieces(rng)].T              # (batch,) each
         room = length - 2 * SEGMENT
@@ -762,24 +771,10 @@ class Segments:
             frames[mine] = store.frames[rows[mine] - first]
         return torch.from_numpy(frames)
 
-    def batch(self, seed, step, views=3, mask=0.0, share=slice(None)):
-        """A dictionary: frames (views, share, kept, 224) uint8, crops (views, batch), positions (views, share, kept),
-        keys and tracks (batch,) int64.
-
-        mask: share of frames dropped; positions: which of the 126 frames of a segment were kept; keys: -1 without a
-        label; tracks: numbers unique over all stores. share: the slice of the batch whose frames are wanted, as each
-        of several processes draws the same batch and reads its part.
-        """
-        drawn = self.draw(seed, step, views, mask, share)
-        return dict(frames=self.gather(drawn.pop("rows")), **drawn)
-
 
 # ---------------------------------------------------------------- synthetic songs
 
-# Western tonal music in five lines: a key picks 7 of the 12 pitch classes (0 = C .. 11 = B), its scale, and one of them
-# as home, the tonic. A chord stacks every other note of the scale; three of them are a triad. Major and minor scales
-# differ in which steps are small; A minor has the notes of C major (its relative), so both share one key signature:
-# 12 signatures, 24 keys. Seven semitones are a fifth; keys a fifth apart differ in one note.
+# Pitch classes count from 0 = C to 11 = B. A chord stacks every other note of the scale; three of them are a triad.
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
 # A loop of chords is a string, one digit a chord: the scale degree of its root, from 0. What may follow each chord; the
 # diminished ones are left out.
@@ -812,7 +807,7 @@ def arrangement(rng):
     tonic, minor = int(rng.integers(12)), int(rng.integers(2))
     mode = ("major", "minor")[minor]
     tempo = 70 * (160 / 70) ** rng.random()
-    span = 2 if tempo < 110 else 4                                        # beats a chord lasts: 1.5 to 2.2 s
+    span = 2 if tempo < 110 else 4                                        # beats a chord lasts: 1.1 to 2.2 s
     spans = math.ceil(SONG_SECONDS / (span * 60 / tempo))
     leading_tone = rng.random() < 0.5 and mode == "minor"                 # V instead of v
     # Verse and chorus: each half has its own loop of chords, so that only the key is common to both. In 60 % of songs

@@ -29,9 +29,9 @@ def in_float32(loss):
 def circle_point(profiles, omega):
     """(..., 12), non-negative with sum 1 -> real and imaginary part (...) of z = sum_q y[q] exp(2 pi i omega q / 12).
 
-    The centre of gravity of a pitch profile y on a circle (STONE, section 3). omega = 1 is the circle of semitones; 7
-    the circle of fifths, where 7 semitones turn by 30 degrees (7 * 7 = 49 = 1 mod 12), so that keys which share six of
-    their seven notes are neighbours. |z| = 1 only for a one-hot profile, z = 0 for a uniform one.
+    The centre of gravity of a pitch profile y on a circle (STONE, section 3). omega = 1: the circle of semitones. omega
+    = 7: the circle of fifths. A transposition by 7 semitones turns z by 49 / 12 of a turn, 30 degrees, so keys a fifth
+    apart, which share six of seven notes, are neighbours. |z| = 1 only for a one-hot profile, 0 for a uniform one.
     """
     angle = 2 * math.pi * omega * torch.arange(12, device=profiles.device, dtype=torch.float32) / 12
     profiles = profiles.float()
@@ -50,11 +50,10 @@ def cpsd(profiles, shifts, omega=7, pairs=None):
     with the music is, up to one rotation of the whole circle, the key. 0 for one-hot profiles at the right shift, 1 for
     uniform profiles (z = 0), 4 for opposite points.
 
-    The trap. STONE's three terms hold one pair at the *same* pitch: |1 - z_1 conj(z_2)|^2. An output that ignores its
-    input satisfies that pair and pays a little more for the other two: a constant with |z|^2 = 1/3 scores 2.67 in
-    total, under the 3.00 of a uniform output, and networks that are not equivariant by construction, such as a ViT,
-    stay there. So the tasks below pass only pairs whose crops differ: for two different crops drawn from 0..12 the mean
-    of exp(i turn) is -1/13, a constant scores 1 + 2/13 |z|^2 + |z|^4 per pair, always above the uniform output's 1.
+    The trap. With a pair at equal pitch, as in STONE's three terms, a constant output has a lower loss than the uniform
+    one (2.76 at |z|^2 = 0.28, against 3.00), and networks that are not equivariant by construction, such as a ViT, stay
+    there. So the tasks below pass only pairs whose crops differ. For two different crops drawn from 0..12 the mean of
+    exp(i turn) is -1/13: a constant costs 1 + 2/13 |z|^2 + |z|^4 a pair, always more than the uniform output's 1.
     z = 0 stays a saddle (the gradient is of second order in z).
     """
     total, (re, im) = 0.0, circle_point(profiles, omega)                   # (views, batch) each
@@ -215,7 +214,7 @@ def circulant_(weight):
 
 class ViewNorm(nn.Module):
     """Batch norm of each view by itself, (views, batch, n). BYOL, Barlow Twins and VICReg have it in their heads;
-    without it BYOL collapses (README). No running statistics: heads serve training only."""
+    without it BYOL collapsed here. No running statistics: heads serve training only."""
 
     def __init__(self, width):
         super().__init__()
@@ -276,10 +275,14 @@ class CPSD(Pretext):
         self.head.weight.data[-12:] = signatures  # of 24 keys, major and minor start equally likely
 
     def log_keys(self, token):
-        """token (..., dim) -> log probabilities (..., outputs)."""
+        """token (..., dim) -> log probabilities (..., outputs).
+
+        Output q and, of 24, output 12 + q share a key signature: a major key and its relative minor. (Labels and
+        template_keys number a minor key 12 + its own tonic.)
+        """
         return (self.head(token).float() / PROFILE_TEMPERATURE).log_softmax(dim=-1)
 
-    def keys(self, token):
+    def posterior(self, token):
         """token (..., dim) -> probabilities (..., outputs)."""
         return self.log_keys(token).exp()
 

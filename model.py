@@ -1,8 +1,9 @@
 """MT2: a ViT-1D with two class tokens (arXiv 2507.12996). Frames in, one vector per pretext task out.
 
 A vision transformer cuts an image into square patches. Here the image is a spectrogram and a patch is one frame, all
-frequencies at one moment: one token per frame. Class tokens are extra learned tokens that attend to all frames, each
-trained by its own loss: one by CPSD for key, one by NT-Xent for timbre and style, both in one trunk.
+frequencies at one moment: one token per frame. Class tokens are extra tokens that attend to all frames, each trained by
+its own loss: one by CPSD for key, one by NT-Xent for timbre and style. A class token starts as a learned vector plus
+the mean of one spectrogram, CQT for key and mel for the others (MT2).
 """
 import re
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from losses import PRETEXT, circulant_
+from losses import CPSD, PRETEXT, circulant_
 
 CROP_BINS, N_MELS, SEGMENT = 84, 128, 126  # CQT bins of a crop, mel bands, frames of a 4 s segment (data.py)
 
@@ -109,8 +110,8 @@ class MT2(nn.Module):
             self.tokenisers = nn.ModuleDict(linears)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
-        self.heads = nn.ModuleDict({name: PRETEXT[name](dim) for name in tokens})
-        if self.patches != [None] and any(head.branch == "cqt" for head in self.heads.values()):
+        self.tasks = nn.ModuleDict({name: PRETEXT[name](dim) for name in tokens})
+        if self.patches != [None] and any(task.branch == "cqt" for task in self.tasks.values()):
             raise ValueError(f"tokens {','.join(tokens)}: key tasks need transposed frames of the CQT; use patch 1")
         self.initialise()
 
@@ -128,20 +129,15 @@ class MT2(nn.Module):
             nn.init.zeros_(block.mlp[-1].weight)
         if self.patches == [None]:
             circulant_(self.tokenisers["cqt"][1].weight)
-        for head in self.heads.values():
-            head.reset()
-
-    def patch_count(self, frames, patch=0):
-        """How many tokens `frames` frames make (at least one: an input shorter than a patch is zero-padded)."""
-        size = self.patches[patch]
-        return frames if size is None else N_MELS // size[0] * max(1, frames // size[1])
+        for task in self.tasks.values():
+            task.reset()
 
     def embed_frames(self, cqt, mel, positions):
         """Frame tokens (batch, n, dim), and the initial values of the class tokens (batch, tokens, dim)."""
         if positions is None:
             positions = torch.arange(mel.shape[1], device=mel.device)
         branch = {"cqt": self.tokenisers["cqt"](cqt), "mel": self.tokenisers["mel"](mel)}      # (batch, n, dim) each
-        means = [branch[head.branch].mean(dim=1) for head in self.heads.values()]              # (batch, dim) each
+        means = [branch[task.branch].mean(dim=1) for task in self.tasks.values()]              # (batch, dim) each
         return branch["cqt"] + branch["mel"] + F.embedding(positions, self.positions), torch.stack(means, dim=1)
 
     def embed_patches(self, patches, positions, size):
@@ -154,18 +150,18 @@ class MT2(nn.Module):
         x = self.tokenisers[f"{bands}x{width}"](patches) + place                               # (batch, n, dim)
         return x, x.mean(dim=1, keepdim=True).expand(-1, len(self.tokens), -1)
 
-    def forward(self, cqt, mel, positions=None, layers=(), patch=0):
+    def forward(self, cqt, mel, positions=None, layers=(), patch_index=0):
         """Frames to class tokens.
 
         cqt (batch, frames, 84) and mel (batch, frames, 128), log-compressed to [0, 1]; cqt may be None with patches.
         Masked tokens are dropped, not replaced (as in MAE): with positions (batch, kept) int64 only the frames at these
         positions of the segment are given, (batch, kept, 84 and 128), or as mel only those of its patches, (batch,
-        kept, width * bands), see cut_patches. patch: which of several patch sizes.
+        kept, width * bands), see cut_patches. patch_index: which of several sizes.
         Returns ({name: (batch, dim)}, {layer: (batch, tokens + n, dim)}): the class tokens after the last layer (or the
         mean, see pool), and for each layer in `layers` (0 = tokeniser + positions .. depth = after the final norm) all
         tokens, class tokens first. Raises ValueError when shapes do not fit or there are more frames than positions.
         """
-        size, (batch, n, columns) = self.patches[patch], mel.shape
+        size, (batch, n, columns) = self.patches[patch_index], mel.shape
         whole = size is None or positions is None  # frames, not patches
         fits = columns == (N_MELS if whole else size[0] * size[1])
         fits &= positions is None or positions.shape == (batch, n)
@@ -193,8 +189,8 @@ class MT2(nn.Module):
         return dict.fromkeys(self.tokens, x.mean(dim=1)), inside
 
     def key_token(self):
-        """Name of the first token whose head has profile(token), a pitch profile over key signatures, or None."""
-        return next((name for name, head in self.heads.items() if hasattr(head, "profile")), None)
+        """Name of the first token of a key task, or None."""
+        return next((name for name, task in self.tasks.items() if isinstance(task, CPSD)), None)
 
 
 def pick_amp(device):

@@ -587,7 +587,7 @@ def network_rows(model, cqt, mel, layers, per_frame):
     rows, first = {}, model.class_token_count
     for patch, size in enumerate(model.patches):
         with autocast(cqt.device):
-            inside = model(cqt, mel, layers=layers, patch=patch)[1]        # {layer: (n, tokens + sequence, dim)}
+            inside = model(cqt, mel, layers=layers, patch_index=patch)[1]  # {layer: (n, tokens + sequence, dim)}
         for layer, x in inside.items():
             x = x.float() if layer == model.config["depth"] else model.norm(x.float())  # the final norm, as in DINO
             sequence = x[:, first:]
@@ -1299,11 +1299,11 @@ def key_outputs(model, tracks, device, crops=range(MAX_CROP + 1)):
     """
     name = model.key_token()
     owner = np.repeat(np.arange(len(tracks)), [len(cut_windows(len(t))) for t in tracks])         # (windows,)
-    logs = torch.zeros(len(owner), model.heads[name].outputs)                                     # (windows, 12 or 24)
+    logs = torch.zeros(len(owner), model.tasks[name].outputs)                                     # (windows, 12 or 24)
     for indices, windows in window_batches(tracks, progress="keys"):
         for crop in crops:
             with autocast(device):
-                keys = model.heads[name].keys(model(*views_of(windows, device, crop))[0][name])   # (n, 12 or 24)
+                keys = model.tasks[name].posterior(model(*views_of(windows, device, crop))[0][name])   # (n, 12 or 24)
             logs[indices] += transpose(keys.cpu(), crop - PITCH_CROP).clamp(min=1e-4).log() / len(crops)
     return track_mean(logs, owner, np.arange(len(tracks))).softmax(dim=1)
 

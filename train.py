@@ -8,8 +8,8 @@
     torchrun --nproc_per_node=8 train.py --preset mt2         eight GPUs of one machine; or of two, the same on each:
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --preset mt2
 
-A run folder holds checkpoint.pt (weights, optimiser, step, every setting) and log.jsonl (one line per log interval).
-Batches, crops and masks are functions of (seed, step), so the step number is all the state there is beside the weights.
+A run folder holds checkpoint.pt (weights, EMA teacher, optimiser, step, settings) and log.jsonl (one line per log
+interval). Batches, crops and masks are functions of (seed, step): there is no other state.
 
 Several processes (ranks) train what one would. Each passes its share of the batch through the trunk; class tokens are
 then gathered, so every loss is that of the whole batch; gradients are averaged, so all ranks take the same step. A
@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from datetime import timedelta
-from operator import mul
 from pathlib import Path
 
 import numpy as np
@@ -89,9 +88,9 @@ def make_batch(segments, model, seed, step, mask, steps, device, share=slice(Non
     pin = torch.device(device).type == "cuda"
     move = lambda x: (x.pin_memory() if pin and not x.is_cuda else x).to(device, non_blocking=True)
     to_frames = lambda x: move(x) if segments.device.type == "cuda" else x  # numbers of frames go where the frames are
-    views = max(task.views for task in model.heads.values())
+    views = max(task.views for task in model.tasks.values())
     whole_frames = model.patches == [None]
-    needs_spectrogram = any(task.needs_spectrogram for task in model.heads.values())
+    needs_spectrogram = any(task.needs_spectrogram for task in model.tasks.values())
     drawn = segments.draw(seed, step, views, mask if whole_frames else 0.0, share)
     frames = segments.gather(to_frames(drawn["rows"]))                     # (views, share, kept, 224) uint8
     crops = move(drawn["crops"])                                           # (views, batch)
@@ -124,10 +123,10 @@ def prefetch(make, steps):
             yield step, batch
 
 
-def class_tokens(network, inputs, views, patch):
+def forward_views(network, inputs, views, patch_index):
     """{name: (views, batch, dim)}: the class tokens of the first views of `inputs` (see make_batch), from all ranks."""
     cqt, mel, positions = (None if x is None else x[:views].flatten(0, 1) for x in inputs)
-    tokens, _ = network(cqt, mel, positions, patch=patch)                  # {name: (views * share, dim)}
+    tokens, _ = network(cqt, mel, positions, patch_index=patch_index)      # {name: (views * share, dim)}
     return {name: whole_batch(token.unflatten(0, (views, -1))) for name, token in tokens.items()}
 
 
@@ -140,11 +139,11 @@ def training_losses(model, teacher, batch):
     views, losses, logs = len(batch["shifts"]), dict.fromkeys(model.tokens, 0.0), {}
     spectrograms = {name: whole_batch(batch[name]) for name in ("cqt", "mel") if name in batch}
     for patch, inputs in enumerate(batch["inputs"]):
-        tokens = class_tokens(model, inputs, views, patch)                 # (views, batch, dim) each
+        tokens = forward_views(model, inputs, views, patch)                # (views, batch, dim) each
         with torch.no_grad():
-            targets = class_tokens(teacher, inputs, 2, patch) if teacher is not None else {}
-        for name, task in model.heads.items():
-            average = (teacher.heads[name], targets[name]) if task.needs_teacher else None
+            targets = forward_views(teacher, inputs, 2, patch) if teacher is not None else {}
+        for name, task in model.tasks.items():
+            average = (teacher.tasks[name], targets[name]) if task.needs_teacher else None
             loss, extra = task(tokens[name][:task.views], batch | spectrograms, average)
             losses[name] = losses[name] + loss / len(batch["inputs"])
             logs |= {f"{name}_{key}" if key in logs else key: value.detach() for key, value in extra.items()}
@@ -272,7 +271,7 @@ def collapse_report(tokens):
 
 
 class RunLog:
-    """log.jsonl, of which the lines past `step` are dropped, as a resumed run repeats those steps, and the bar."""
+    """log.jsonl and the progress bar. A resumed run repeats the steps past `step`: their lines are removed."""
 
     def __init__(self, path, bar, step):
         self.path, self.bar, self.step, self.time, self.warned = path, bar, step, time.perf_counter(), set()
@@ -291,7 +290,7 @@ class RunLog:
             file.write(json.dumps(line) + "\n")
         self.bar.set_postfix({name: line[name] for name in (*losses, "grad_norm", "clips_per_s")}, refresh=False)
         for name in set(collapsed) - self.warned:
-            self.bar.write(f"warning: the {name} token has collapsed at step {step}, it is equal for all tracks")
+            self.bar.write(f"warning: the {name} token has collapsed at step {step}: rank {report[f'{name}_rank']:.1f}")
             self.warned.add(name)
 
 
@@ -431,11 +430,11 @@ def make_model(args, device, checkpoint):
         model = MT2(args.tokens.split(","), args.dim, args.depth, args.heads, patch=args.patch, pool=args.pool)
     except ValueError as error:
         raise InputError(f"--tokens, --patch or --pool: {error}") from None
-    for task in model.heads.values():
+    for task in model.tasks.values():
         task.pseudo_label = args.pseudo_label  # the key tasks use it
     model.to(device).train()
     print(f"tokens {args.tokens}, {sum(map(torch.numel, model.parameters())) / 1e6:.2f} M parameters, lr {args.lr:g}")
-    needs_teacher = any(task.needs_teacher for task in model.heads.values())
+    needs_teacher = any(task.needs_teacher for task in model.tasks.values())
     teacher = deepcopy(model).requires_grad_(False) if needs_teacher else None
     optimizer = make_optimizer(model)
     if checkpoint is None:
@@ -490,7 +489,7 @@ def main(argv=None):
         for step, batch in prefetch(make, range(start, args.stop_at)):
             with amp:
                 losses, logs, tokens = forward(model, teacher, batch)
-            total = sum(map(mul, args.weights, losses.values()))
+            total = sum(weight * loss for weight, loss in zip(args.weights, losses.values()))
 
             optimizer.zero_grad()
             total.backward()

@@ -27,7 +27,7 @@ import data  # noqa: E402
 import losses  # noqa: E402
 import probe  # noqa: E402
 import train as training  # noqa: E402
-from model import MT2, pick_amp  # noqa: E402
+from model import MT2, cut_patches, pick_amp  # noqa: E402
 from train import PRESETS  # noqa: E402
 
 
@@ -152,7 +152,7 @@ def scale():
             segments = data.Segments([store], 128)
             cut = time.perf_counter()
             for step in range(20):
-                segments.batch(0, step, 3, 0.75)
+                segments.gather(segments.draw(0, step, 3, 0.75)["rows"])
             print(f"  {size / 1e9:5.0f} GB, {tracks:7} tracks: open {opened - start:.2f} s, segments "
                   f"{cut - opened:.2f} s, a batch {(time.perf_counter() - cut) / 20 * 1e3:.1f} ms")
     empty = lambda blocks, front_end: np.zeros((9, data.COLUMNS), np.uint8)
@@ -209,8 +209,8 @@ class Plain(torch.nn.Module):
         self.key, self.style = losses.CPSD(dim), losses.NTXent(dim)
 
     def forward(self, segments, step, mask):
-        batch = segments.batch(0, step)                                     # whole segments
-        frames, crops = batch["frames"], batch["crops"]
+        batch = segments.draw(0, step)                                      # whole segments
+        frames, crops = segments.gather(batch["rows"]), batch["crops"]
         views = [torch.cat([frame[:, crop:crop + data.CROP_BINS], frame[:, data.N_BINS:]], dim=1)
                  for frame, crop in zip(frames.flatten(0, 1), crops.flatten())]
         x = self.tokeniser(torch.stack(views).float() / 255)               # (views * batch, frames, dim)
@@ -226,8 +226,9 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4
 def step_flops(model, batch, mask, views):
     """Floating-point operations of one training step by formula: 6 per weight and token, and attention's products."""
     dim, depth, flops = model.config["dim"], model.config["depth"], 0
-    for patch in range(len(model.patches)):
-        tokens = max(1, round(model.patch_count(data.SEGMENT, patch) * (1 - mask))) + model.class_token_count
+    for size in model.patches:
+        count = data.SEGMENT if size is None else cut_patches(torch.zeros(data.SEGMENT, data.N_MELS), size).shape[0]
+        tokens = max(1, round(count * (1 - mask))) + model.class_token_count
         flops += views * batch * tokens * (6 * 12 * depth * dim ** 2 + 12 * depth * dim * tokens)
     return flops
 

@@ -23,6 +23,12 @@ def wave_of():
     return functools.cache(lambda index: data.render(data.compose(index)))
 
 
+def drawn_batch(segments, *args, **options):
+    """Segments.draw with the frames (views, share, kept, 224) uint8 in the place of their rows."""
+    drawn = segments.draw(*args, **options)
+    return dict(frames=segments.gather(drawn.pop("rows")), **drawn)
+
+
 @pytest.fixture(scope="session")
 def song_folder(tmp_path_factory, wave_of):
     """Eight synthetic songs of 10 s in two folders: wav, flac and ogg, three of them 44.1 kHz stereo. Read only."""

@@ -36,7 +36,7 @@ def held_out_losses(model, segments, settings, device):
 
 
 def draw(plt, log, stages, out):
-    """Four panels over the steps: losses (line: training, dots: held out), rank, mean |z| (trap: 0.58), probes."""
+    """Four panels over the steps: losses (line: training, dots: held out), rank, mean |z|, probes."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex=True)
     steps, stops = [line["step"] for line in log], [s["step"] for s in stages]
     for i, name in enumerate(stages[0]["held_out"]):
@@ -44,11 +44,10 @@ def draw(plt, log, stages, out):
         axes[0, 0].plot(stops, [s["held_out"][name] for s in stages], "o-", color=f"C{i}", label=f"{name}, held out")
         axes[0, 1].plot(steps, [line[f"{name}_rank"] for line in log], color=f"C{i}", label=name)
     axes[1, 0].plot(steps, [line.get("mean_abs_z", float("nan")) for line in log])
-    axes[1, 0].axhline(0.58, color="grey", ls=":")
     for name in stages[0]["probes"]:
         axes[1, 1].plot(stops, [100 * s["probes"][name] for s in stages], "o-", label=name)
     for axis, title in zip(axes.flat, ("loss (log scale)", "effective rank of the class tokens",
-                                       "mean |z| of the key profiles (dotted: trap)", "held-out synthetic songs, %")):
+                                       "mean |z| of the key profiles", "held-out synthetic songs, %")):
         axis.set(title=title, xlabel="step")
     axes[0, 0].set_yscale("log")
     for axis in (axes[0, 0], axes[0, 1], axes[1, 1]):

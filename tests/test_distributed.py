@@ -14,6 +14,7 @@ import data
 import losses
 import model
 import train
+from conftest import drawn_batch
 from test_train import run, store  # noqa: F401  (store is a fixture)
 
 # Processes are copies of one that has imported torch, which takes longer than all they do.
@@ -89,7 +90,7 @@ def test_two_halves_are_a_whole(case, halves):
 
 def test_shares_make_the_batch(halves):
     segments = data.Segments([data.FrameStore(halves[1])], 8)
-    whole, shares = segments.batch(3, 7, 3, 0.6), [segments.batch(3, 7, 3, 0.6, slice(i, i + 2)) for i in (0, 2, 4, 6)]
+    whole, shares = drawn_batch(segments, 3, 7, 3, 0.6), [drawn_batch(segments, 3, 7, 3, 0.6, slice(i, i + 2)) for i in (0, 2, 4, 6)]
     for name in ("frames", "positions"):
         assert torch.equal(torch.cat([share[name] for share in shares], dim=1), whole[name])
     assert all(torch.equal(share[name], whole[name]) for share in shares for name in ("crops", "keys", "tracks"))

@@ -75,7 +75,7 @@ def test_equivariant_at_initialisation():
         model.class_tokens.zero_()
     cqt, mel = views()
     cqt[..., :36] = cqt[..., 47:] = 0
-    profile, moved = (model.heads["cpsd"].profile(model(x, torch.zeros_like(mel))[0]["cpsd"]) for x in (cqt, cqt.roll(1, -1)))
+    profile, moved = (model.tasks["cpsd"].profile(model(x, torch.zeros_like(mel))[0]["cpsd"]) for x in (cqt, cqt.roll(1, -1)))
     assert_same(profile.roll(1, -1), moved)
     assert profile.std() > 0.01
 
@@ -116,11 +116,11 @@ def test_a_loss_trains_its_own_head_and_the_trunk_only(loss, own, other):
     model = make().train()
     token = model(*views(batch=6))[0][own]
     if loss == "cpsd":
-        cpsd(model.heads["cpsd"].profile(token).view(2, 3, 12), torch.tensor([[1, 2, 3], [0, 0, 0]])).backward()
+        cpsd(model.tasks["cpsd"].profile(token).view(2, 3, 12), torch.tensor([[1, 2, 3], [0, 0, 0]])).backward()
     else:
-        nt_xent(model.heads["ntxent"].head(token).view(2, 3, -1)).backward()
-    assert all(p.grad is None for p in model.heads[other].parameters())
-    trunk = [*model.heads[own].parameters(), *model.tokenisers.parameters(), *model.blocks.parameters(),
+        nt_xent(model.tasks["ntxent"].head(token).view(2, 3, -1)).backward()
+    assert all(p.grad is None for p in model.tasks[other].parameters())
+    trunk = [*model.tasks[own].parameters(), *model.tokenisers.parameters(), *model.blocks.parameters(),
              model.positions, model.class_tokens]
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in trunk)
 
@@ -128,10 +128,10 @@ def test_a_loss_trains_its_own_head_and_the_trunk_only(loss, own, other):
 def test_heads_give_a_profile_and_an_embedding():
     model = make()
     tokens, _ = model(*views())
-    profile = model.heads["cpsd"].profile(tokens["cpsd"])
+    profile = model.tasks["cpsd"].profile(tokens["cpsd"])
     assert profile.shape == (3, 12) and (profile >= 0).all()
     assert_same(profile.sum(-1), torch.ones(3), 1e-6)
-    assert model.heads["ntxent"].head(tokens["ntxent"]).shape == (3, 128)
+    assert model.tasks["ntxent"].head(tokens["ntxent"]).shape == (3, 128)
 
 
 # ---------------------------------------------------------------- positions and masks

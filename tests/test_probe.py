@@ -628,7 +628,7 @@ def test_calibration_undoes_the_rotation():
     net, track = network(("cpsd",), dim=48, depth=1), song(260)
     before, rotation = probe.key_probabilities(net, [track], "cpu"), probe.calibrate(net, "cpu")
     with torch.no_grad():
-        head = net.heads["cpsd"].head
+        head = net.tasks["cpsd"].head
         head.weight.copy_(head.weight.roll(5, 0))
         head.bias.copy_(head.bias.roll(5, 0))
     same(probe.key_probabilities(net, [track], "cpu"), before, 1e-3)
@@ -640,7 +640,7 @@ def test_the_output_of_a_track_is_the_product_of_its_windows():
     profiles = probe.key_outputs(net, tracks, "cpu", [probe.PITCH_CROP])
     windows = [tracks[0][:126], tracks[0][126:252], tracks[1]]
     with torch.no_grad():
-        each = torch.cat([net.heads["cpsd"].keys(net(*probe.views_of(torch.from_numpy(w)[None], "cpu"))[0]["cpsd"]) for w in windows])
+        each = torch.cat([net.tasks["cpsd"].posterior(net(*probe.views_of(torch.from_numpy(w)[None], "cpu"))[0]["cpsd"]) for w in windows])
     same(profiles, torch.stack([F.normalize(each[:2].prod(dim=0).sqrt(), p=1, dim=0), each[2]]))
 
 

@@ -11,6 +11,7 @@ import data
 import losses
 import model
 import train
+from conftest import drawn_batch
 from test_model import parameter_count
 from test_train import run, same, store  # noqa: F401  (store is a fixture)
 
@@ -319,7 +320,7 @@ def test_patches_train_masked_and_pooled(patch, tokens, store, tmp_path, tiny, m
         "--out", tmp_path / "run")
     assert seen == [round(0.1 * n) for n in tokens]
     network = model.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
-    assert [network.patch_count(data.SEGMENT, i) for i in range(len(tokens))] == tokens and network.class_token_count == 0
+    assert [model.cut_patches(torch.zeros(1, data.SEGMENT, 128), size).shape[1] for size in network.patches] == tokens and network.class_token_count == 0
 
 
 def test_kept_patches_equal_those_of_the_whole_segment():
@@ -350,7 +351,7 @@ def test_only_kept_patches_of_the_mel_travel_to_the_device(store):  # noqa: F811
     segments = data.Segments(data.open_data([store]), 4)
     batch = train.make_batch(segments, network, 0, 3, 0.9, 10, "cpu")
     assert "cqt" not in batch and "mel" not in batch
-    frames = segments.batch(0, 3, 2)["frames"]
+    frames = drawn_batch(segments, 0, 3, 2)["frames"]
     for (cqt, mel, kept), size in zip(batch["inputs"], network.patches):
         whole = model.cut_patches(frames[..., data.N_BINS:].float() / 255, size)
         assert cqt is None and mel.shape[:3] == (2, 4, round(0.1 * whole.shape[2]))
@@ -383,7 +384,7 @@ def test_presets_have_the_size_of_their_papers(preset, millions):
     network = model.MT2(tokens, p["dim"], p["depth"], p["heads"], patch=p["patch"], pool=p["pool"])
     total = sum(x.numel() for x in network.parameters())
     assert total == parameter_count(tokens, p["dim"], p["depth"], patch=p["patch"], pool=p["pool"])
-    projectors = sum(x.numel() for name, head in network.heads.items() if head.branch == "mel" for x in head.parameters())
+    projectors = sum(x.numel() for name, head in network.tasks.items() if head.branch == "mel" for x in head.parameters())
     assert (total - projectors) / 1e6 == pytest.approx(millions, rel=0.02)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import data
+from conftest import drawn_batch
 from data import CROP_BINS, MAX_CROP, PIECE, SEGMENT, FrameStore, InputError, Segments, crop_views, front_end_settings
 
 
@@ -39,7 +40,7 @@ def segments(tmp_path_factory):
 
 def batch_of(segments, *args, **options):
     """frames, crops, positions and keys of a batch."""
-    batch = segments.batch(*args, **options)
+    batch = drawn_batch(segments, *args, **options)
     return batch["frames"], batch["crops"], batch["positions"], batch["keys"]
 
 
