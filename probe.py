@@ -26,7 +26,7 @@ seeds, mean and standard deviation; in brackets the 95 % interval of 1000 bootst
 seed where seeds share the test set).
 
 `--grid` selects among the 216 configurations of jukemir. Departures, for two CPU cores: successive halving (all for 64
-steps, the better half for 128, ... the best for 1024), and a patience of 256 steps instead of 2048.
+steps, the better half for 128, ... 14 for 1024), with a patience of 256 steps instead of 2048.
 
 Rows:
 
@@ -49,7 +49,6 @@ import hashlib
 import io
 import json
 import re
-import time
 from collections import namedtuple
 from contextlib import contextmanager
 from copy import deepcopy
@@ -609,12 +608,13 @@ def raw_rows(cqt, mel, per_frame):
 
 @torch.inference_mode()
 def extract(model, tracks, device, layers=None, per_frame=False, progress=None):
-    """Features of every window, or of every frame: {row: (items, dim) float16}, items in the order of tracks.
+    """Items of every window, or of every frame, in the order of tracks, with rows of float16 features.
 
-    tracks: [(frames, 224) uint8]; model None gives the raw row; layers: default the last one.
+    tracks: [(frames, 224) uint8]; model None gives the raw rows; layers: default the last one.
     """
-    spans = [span for frames in tracks for span in cut_windows(len(frames), per_frame)]
-    counts = np.array([stop - start if per_frame else 1 for start, stop in spans])   # items of each window
+    spans = [(track, *span) for track, frames in enumerate(tracks) for span in cut_windows(len(frames), per_frame)]
+    owner, start, stop = np.array(spans).T                                           # (windows,) each
+    counts = stop - start if per_frame else np.ones_like(start)                      # items of each window
     begin, arrays = np.cumsum(counts) - counts, {}
     for indices, windows in window_batches(tracks, per_frame, progress=progress):
         cqt, mel = views_of(windows, device)
@@ -622,31 +622,22 @@ def extract(model, tracks, device, layers=None, per_frame=False, progress=None):
             rows = raw_rows(cqt, mel, per_frame)
         else:
             rows = network_rows(model, cqt, mel, layers or [model.config["depth"]], per_frame)
-        place = begin[indices][:, None] + np.arange(counts[indices[0]])    # (n, frames or 1)
+        place = begin[indices][:, None] + np.arange(counts[indices[0]])              # (n, frames or 1)
         for name, value in rows.items():
             if name not in arrays:
                 arrays[name] = torch.empty((counts.sum(), value.shape[-1]), dtype=torch.float16)
             arrays[name][place] = value.unflatten(0, (-1, 1))[:, 0].reshape(*place.shape, -1).cpu().half()
-    return arrays
-
-
-def make_items(lengths, rows, per_frame):
-    """Items of tracks of `lengths` frames whose rows came from extract()."""
-    if per_frame:
-        counts, starts = lengths, [np.arange(n) for n in lengths]
-    else:
-        spans = [cut_windows(n) for n in lengths]
-        counts, starts = [len(cuts) for cuts in spans], [np.array(cuts)[:, 0] for cuts in spans]
-    return Items(rows, np.repeat(np.arange(len(lengths)), counts), np.concatenate(starts) * FRAME_SECONDS)
+    frame = np.repeat(start - begin, counts) + np.arange(counts.sum())               # (items,) first frame of each
+    return Items(arrays, np.repeat(owner, counts), frame * FRAME_SECONDS)
 
 
 def all_items(model, store, numbers, device, layers=None, per_frame=False):
     """Items of the tracks `numbers` of a store, with the rows of the trained and the untrained network and raw."""
     tracks, rows = [store.track(i) for i in numbers], {}
     for prefix, network in (("", model), ("untrained ", untrained(model, device)), ("", None)):
-        found = extract(network, tracks, device, layers, per_frame, f"{prefix}features" if network else "raw features")
-        rows |= {prefix + name: x for name, x in found.items()}
-    return make_items(store.lengths[numbers], rows, per_frame)
+        items = extract(network, tracks, device, layers, per_frame, f"{prefix}features" if network else "raw features")
+        rows |= {prefix + name: x for name, x in items.rows.items()}
+    return items._replace(rows=rows)
 
 
 # ---------------------------------------------------------------- metrics
@@ -809,6 +800,11 @@ class Target:
     loss, settings, per_frame = staticmethod(F.cross_entropy), (None,), False
     metrics = {"accuracy": accuracy}
 
+    def __init__(self, truth, items):
+        """For one label per track: every item of a track has its label."""
+        self.items, self.truth = items, np.array(truth)
+        self.y = torch.from_numpy(self.truth[items.owner])                 # (items, ...)
+
     def predict(self, outputs, items, tracks, setting=None):
         """Outputs of `items` -> one row for each of `tracks` (sorted numbers)."""
         return track_mean(outputs, self.items.owner[items], tracks).numpy()
@@ -831,9 +827,8 @@ class Target:
 
 class Classes(Target):
     def __init__(self, labels, items):
-        self.items, self.names = items, sorted(set(labels))
-        self.truth = np.array([self.names.index(label) for label in labels])
-        self.y = torch.from_numpy(self.truth[items.owner])                 # (items,)
+        self.names = sorted(set(labels))
+        super().__init__([self.names.index(label) for label in labels], items)
 
 
 class Unbalanced(Classes):
@@ -841,11 +836,7 @@ class Unbalanced(Classes):
 
 
 class Keys(Target):
-    metrics = {name: key_metric(name) for name in KEY_SCORES}
-
-    def __init__(self, labels, items):
-        self.items, self.names, self.truth = items, ALL_KEYS, np.array(labels)
-        self.y = torch.from_numpy(self.truth[items.owner])                 # (items,)
+    metrics, names = {name: key_metric(name) for name in KEY_SCORES}, ALL_KEYS
 
 
 class Tempo(Classes):
@@ -867,20 +858,18 @@ class Tags(Target):
                "AP": lambda o, t: finite_mean(tag_scores(o, t)[1])}
 
     def __init__(self, labels, items):
-        self.items, self.names = items, sorted(set().union(*labels))
-        self.truth = np.array([np.isin(self.names, tags) for tags in labels], np.float32)         # (tracks, tags)
-        self.y = torch.from_numpy(self.truth[items.owner])
+        self.names = sorted(set().union(*labels))
+        super().__init__(np.float32([np.isin(self.names, tags) for tags in labels]), items)       # (tracks, tags)
 
     def constant(self, train):
         return self.y[train].mean(dim=0)
 
 
-class Regression(Tags):
+class Regression(Target):
     loss = staticmethod(F.mse_loss)
 
     def __init__(self, labels, items):
-        self.items, self.truth = items, np.array(labels, np.float32)                              # (tracks, axes)
-        self.y = torch.from_numpy(self.truth[items.owner])
+        super().__init__(np.float32(labels), items)                                               # (tracks, axes)
         self.names = ["arousal", "valence"] if self.truth.shape[1] == 2 else [""]
         self.metrics = {f"R2 {name}".strip(): partial(self.axis, i) for i, name in enumerate(self.names)}
         if len(self.names) > 1:
@@ -889,6 +878,9 @@ class Regression(Tags):
     @staticmethod
     def axis(i, outputs, truth):
         return float(r2(outputs, truth)[i])
+
+    def constant(self, train):
+        return self.y[train].mean(dim=0)
 
     def units(self, train):
         return self.y[train].mean(dim=0), self.y[train].std(dim=0) + 1e-6
@@ -1037,32 +1029,26 @@ def predict(probe, x, target, tracks, setting=None):
     return target.predict(probe(x[items]), items, tracks, setting)
 
 
-def run_split(x, target, split, seed, config):
-    """Fit on one split: (score on its validation tracks, rows of its test tracks)."""
-    train, valid, test = split
-    probe, setting, valid_score = fit_split(x, target, train, valid, seed, **config)
-    return valid_score, predict(probe, x, target, test, setting)
-
-
 def score(target, predicted, tracks):
     """The metric that selects, on rows of predictions."""
     metric = next(iter(target.metrics.values()))
     return metric(predicted, target.truth[tracks])
 
 
-def fit_split(x, target, train, valid, seed, **config):
-    """Fit on the training tracks and select the target's setting: (probe, setting, score on the validation tracks)."""
+def fit_split(x, target, split, seed, **config):
+    """Fit on one split and select the target's setting: (score on its validation tracks, rows of its test tracks)."""
+    train, valid, test = split
     probe = fit(x, target, target.items_of(train), target.items_of(valid), seed, **config)
     scores = {setting: score(target, predict(probe, x, target, valid, setting), valid) for setting in target.settings}
     setting = max(scores, key=scores.get)
-    return probe, setting, scores[setting]
+    return scores[setting], predict(probe, x, target, test, setting)
 
 
 def choose(x, target, train, valid):
     """The grid's best configuration by validation score, by successive halving. It is given no test track."""
-    configs = GRID
+    configs, split = GRID, (train, valid, valid)
     for steps in GRID_STEPS:
-        scores = [fit_split(x, target, train, valid, 0, steps=steps, patience=256, **config)[2] for config in configs]
+        scores = [fit_split(x, target, split, 0, steps=steps, patience=256, **config)[0] for config in configs]
         order = np.argsort(-np.array(scores), kind="stable")               # ties by the order of the grid
         configs = [configs[i] for i in order[:(len(order) + 1) // 2]]
     return configs[0]
@@ -1137,7 +1123,7 @@ def label_share(x, target, splits, share, configs):
     scores = []
     for seed, (train, valid, test) in enumerate(splits):
         part = labelled_part(target, train, share, seed)
-        scores.append(score(target, run_split(x, target, (part, valid, test), seed, configs[seed])[1], test))
+        scores.append(score(target, fit_split(x, target, (part, valid, test), seed, **configs[seed])[1], test))
     return f"{next(iter(target.metrics))} @{100 * share:g} %", mean_of(scores)
 
 
@@ -1173,9 +1159,9 @@ def probe_rows(items, target, splits, grid=False, shares=(), label="", **config)
         configs = [config] * len(splits)
         if grid:
             chosen = [choose(x, target, train, valid) for train, valid, _ in splits[:1 if fixed else None]]
-            remarks += [f"{name}: {text_of(c)}" for c in chosen]
+            remarks += [f"{name}: {config}" for config in chosen]
             configs = chosen * (len(splits) // len(chosen))
-        runs[name] = [run_split(x, target, split, seed, configs[seed]) for seed, split in enumerate(splits)]
+        runs[name] = [fit_split(x, target, split, seed, **configs[seed]) for seed, split in enumerate(splits)]
         table[name] = cells_of(target.metrics, [predicted for _, predicted in runs[name]], truths, fixed)
         for share in shares:
             column, cell = label_share(x, target, splits, share, configs)
@@ -1202,10 +1188,6 @@ def chosen_rows(runs):
             best = [max(names, key=lambda name: runs[name][seed][0]) for seed in seeds]
             found[title] = best, [runs[best[seed]][seed][1] for seed in seeds]
     return found
-
-
-def text_of(config):
-    return ", ".join(f"{name} {value}" for name, value in config.items())
 
 
 def print_table(title, table):
@@ -1280,7 +1262,7 @@ def pitch_fork():
     wave = []
     for timbre in ("organ", "strings", "pluck", "epiano"):
         for chord in ((48, 60, 64, 67), (41, 60, 65, 69), (43, 59, 62, 67), (48, 60, 64, 67)):
-            notes = [render_note(TIMBRES.index(timbre), p, 1.0, 1.0, np.random.default_rng(0)) for p in chord]
+            notes = [render_note(TIMBRES.index(timbre), p, 1.01, 1.0, np.random.default_rng(0)) for p in chord]
             wave.append(torch.from_numpy(np.sum(notes, axis=0)) * 0.1)
     return audio_to_frames(wave, FrontEnd())
 
@@ -1334,7 +1316,7 @@ def zero_shot(model, tracks, device, truth, tests):
     truth (tracks,) keys 0..23; tests: numbers of the test tracks, one array per seed.
     """
     rows = {"key template": template_rows(tracks)}
-    if model is not None and (name := model.key_token()):
+    if name := model.key_token():
         for prefix, network in (("", model), ("untrained ", untrained(model, device))):
             rows[f"{prefix}{name} zero-shot"] = key_probabilities(network, tracks, device).numpy()
     table, fixed = {}, all(np.array_equal(test, tests[0]) for test in tests)
@@ -1655,17 +1637,14 @@ def run_task(args):
     """One task from files to table."""
     tracks, targets = tracks_of(args)
     label, kind = next(iter(targets.items()))
-    per_frame, speed, shot = TARGETS[kind].per_frame, [], {}
+    per_frame, shot = TARGETS[kind].per_frame, {}
     if args.features:
         source = args.features
         items, kept = open_features(source, tracks, per_frame)
     else:
-        start = time.perf_counter()
         source, model = open_model(args)
         store, numbers, kept = open_tracks(args.task, tracks)
         items = all_items(model, store, numbers, args.device, layers_of(args, model), per_frame)
-        seconds, hours = time.perf_counter() - start, store.lengths[numbers].sum() * FRAME_SECONDS / 3600
-        speed = [f"{len(kept)} tracks, {hours:.2f} h of audio to features in {seconds:.0f} s"]
         if kind == "key":
             truth = np.array([t.labels[label] for t in kept])
             tests = [test for _, _, test in splits_of(kept)]
@@ -1679,7 +1658,7 @@ def run_task(args):
     title = (f"{args.task}: {source}\n{counts_line(args, tracks, kept)}\nprotocol {'grid' if args.grid else 'linear'}, "
              f"{len(splits)} {'folds' if isinstance(kept[0].split, int) else 'seeds'}; split of the first: {sizes}; "
              f"{len({t.group for t in kept})} groups; in %, mean ± deviation [95 % interval over tracks]")
-    publish(source, file_name(args, label), title, table, remarks + speed)
+    publish(source, file_name(args, label), title, table, remarks)
     for rows, truth, names in predictions.values() if args.confusion else ():
         print_confusion(rows[args.confusion], truth, names)
 
@@ -1734,7 +1713,7 @@ def synth_table(model, device):
 def print_synth(checkpoint, device):
     """The table of the embedded songs for one checkpoint, printed and written beside it."""
     title = (f"{checkpoint} on {len(SYNTH_SPLITS['test'])} held-out synthetic songs, in %, {SEEDS} probe seeds\n"
-             "(512 labelled songs, or 12.5 % of them; retrieval: the same song among 128)")
+             "(512 labelled songs, or 12.5 % of them; chords: 64 songs, one seed; retrieval: the same song among 128)")
     publish(checkpoint, "synth", title, synth_table(load_checkpoint(checkpoint, device), device))
 
 
@@ -1752,13 +1731,13 @@ def clock(seconds):
 
 
 def print_key(args):
-    """Zero-shot key of songs, also per 15 s; with a CSV of keys, its scores."""
+    """Zero-shot key of songs, also per 16 s; with a CSV of keys, its scores."""
     path, model = open_model(args)
     if model.key_token() is None:
         raise InputError(f"{path}: has no key token; train one with --tokens cpsd,ntxent or skey,ntxent")
     if args.keys:
         return score_keys(args, path, model)
-    front_end, piece, failed = FrontEnd(), round(15 / FRAME_SECONDS), []
+    front_end, piece, failed = FrontEnd(), 4 * SEGMENT, []
     files = []
     for song in args.songs:
         files += [song] if Path(song).is_file() else [path for _, path in find_audio([song])]
@@ -1773,7 +1752,7 @@ def print_key(args):
         keys = key_probabilities(model, [frames, *parts], args.device)
         print(f"{file}: {name_of(keys[0])}")
         for i, key in enumerate(keys[1:] if len(parts) > 2 else []):
-            print(f"    {clock(15 * i)}  {name_of(key)}")
+            print(f"    {clock(i * piece * FRAME_SECONDS)}  {name_of(key)}")
     if len(failed) == len(files):
         raise InputError(f"none of {len(failed)} files could be read as audio; see the lines above")
 
@@ -1793,28 +1772,25 @@ def score_keys(args, path, model):
     publish(path, f"key-{Path(args.songs[0]).resolve().name}", title, table)
 
 
-def embeddings(model, store, numbers, device):
-    """Items with the class tokens and the sequence mean of every window of some tracks of a store."""
-    rows = extract(model, [store.track(i) for i in numbers], device, progress="embedding")
+def embeddings(model, store, numbers, device, windows=False):
+    """{row: (tracks, dim)}: class tokens and sequence mean, mean over the windows of each track of a store.
+
+    windows: {row: (windows, dim)} of every window, with `track` (windows,) its number and `time` (windows,) in seconds.
+    """
+    items = extract(model, [store.track(i) for i in numbers], device, progress="embedding")
     names = [*model.tokens[:model.class_token_count], "sequence mean"]
-    return make_items(store.lengths[numbers], {name: rows[name].float() for name in names}, per_frame=False)
-
-
-def track_embeddings(model, store, numbers, device):
-    """embeddings() averaged over the windows of each track: {row: (tracks, dim)}."""
-    items, order = embeddings(model, store, numbers, device), np.arange(len(numbers))
-    return {name: track_mean(x, items.owner, order) for name, x in items.rows.items()}
+    rows = {name: items.rows[name].float() for name in names}
+    if windows:
+        return rows | dict(track=items.owner, time=items.time)
+    return {name: track_mean(x, items.owner, np.arange(len(numbers))) for name, x in rows.items()}
 
 
 def write_embeddings(args):
     """Class tokens and the sequence mean of every track below the folders, or of every 4 s window, as an npz."""
     (_, model), store = open_model(args), prepare_folders(args.folders)
     numbers = np.arange(len(store.paths))
-    if args.windows:
-        items = embeddings(model, store, numbers, args.device)
-        arrays = {name: x.numpy() for name, x in items.rows.items()} | dict(track=items.owner, time=items.time)
-    else:
-        arrays = {name: x.numpy() for name, x in track_embeddings(model, store, numbers, args.device).items()}
+    arrays = embeddings(model, store, numbers, args.device, args.windows)
+    arrays = {name: np.asarray(x) for name, x in arrays.items()}
     arrays["sequence"] = arrays.pop("sequence mean")
     file = io.BytesIO()
     np.savez(file, paths=np.array(store.paths), **arrays)
@@ -1847,7 +1823,9 @@ def print_show(args):
         print(f"{name}: correlation of its attention with onsets, by layer: {' '.join(f'{v:.2f}' for v in r[:, t])}")
     if plt is None:
         return
-    rows = extract(None, [frames], args.device, per_frame=True) | extract(model, [frames], args.device, layers, True)
+    rows = {}
+    for network in (None, model):
+        rows |= extract(network, [frames], args.device, layers, per_frame=True).rows
     size = max(16, len(frames) // 1000)                                              # half a second, more in long songs
     matrices = {name: self_similarity(x, size) for name, x in rows.items()}
     first = max(0, len(weights) // 2 - 2)
@@ -1876,11 +1854,11 @@ def print_map(args):
         labels, by = [circle(song.labels["key"]) for song in songs], "key"
     if len(numbers) < 3:
         raise InputError(f"{args.data}: a map needs at least three tracks, here are {len(numbers)}")
-    found = track_embeddings(model, store, numbers, args.device)
+    found = embeddings(model, store, numbers, args.device)
     if len(found) > 1:
         del found["sequence mean"]
     if args.data:
-        fresh = track_embeddings(untrained(model, args.device), store, numbers, args.device)
+        fresh = embeddings(untrained(model, args.device), store, numbers, args.device)
         second = {f"untrained {name}": fresh[name] for name in found}, labels, by
     else:
         second = found, [TIMBRES[song.labels["instrument"]] for song in songs], "instrument"
@@ -1943,7 +1921,7 @@ def main():
     commands = parser.add_subparsers(dest="task", required=True, metavar="TASK")
 
     def command(name, run, text, parent=network):
-        made = commands.add_parser(name, help=text.replace("%", "%%"), parents=[parent])
+        made = commands.add_parser(name, help=text, parents=[parent])
         made.set_defaults(run=run)
         return made
 

@@ -308,7 +308,7 @@ def grid():
     target = probe.Classes(y.tolist(), probe.Items({}, np.arange(640), np.zeros(640)))
     start = time.perf_counter()
     chosen = probe.choose(x, target, np.arange(443), np.arange(443, 640))
-    print(f"  {time.perf_counter() - start:.1f} s; chosen: {probe.text_of(chosen)}")
+    print(f"  {time.perf_counter() - start:.1f} s; chosen: {chosen}")
 
 
 def learn():

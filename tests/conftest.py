@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)  # these tests are small: on a busy machine threads cost more than they gain
 import data  # noqa: E402
+from probe import Items  # noqa: E402
 
 SONGS = ["one.wav", "two.flac", "three.ogg", "Café Ñandú.wav",
          "more/five.flac", "more/six.WAV", "more/seven.ogg", "more/eight.wav"]
@@ -21,6 +22,12 @@ STEREO_44K = {"two.flac", "more/six.WAV", "more/seven.ogg"}
 def wave_of():
     """A function of a song's number: its sound, rendered once for all tests. Read only."""
     return functools.cache(lambda index: data.render(data.compose(index)))
+
+
+def frame_items(lengths, rows):
+    """Items of every frame of tracks of `lengths` frames, with these rows."""
+    frames = np.concatenate([np.arange(length) for length in lengths])
+    return Items(rows, np.repeat(np.arange(len(lengths)), lengths), frames * data.FRAME_SECONDS)
 
 
 def drawn_batch(segments, *args, **options):

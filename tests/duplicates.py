@@ -36,10 +36,10 @@ def main():
     (_, model), names, vectors, owners = probe.open_model(args), [], [], []
     for store in data.open_data(args.data):
         long = np.flatnonzero(store.lengths >= data.SEGMENT)
-        items = probe.embeddings(model, store, long, args.device)
-        parts = [F.normalize(items.rows[name], dim=1) for name in model.tokens]
+        items = probe.embeddings(model, store, long, args.device, windows=True)
+        parts = [F.normalize(items[name], dim=1) for name in model.tokens]
         vectors.append(F.normalize(torch.cat(parts, dim=1), dim=1))
-        owners.append(items.owner + len(names))
+        owners.append(items["track"] + len(names))
         names += [store.paths[i] for i in long]
     alike = likeness(torch.cat(vectors), np.concatenate(owners))
     first, second = np.triu_indices(len(names), 1)

@@ -35,12 +35,10 @@ def retrieval(x, first, second):
     return 100 * hits.float().mean().item()
 
 
-def rows_of(model, tracks, store, prefix, device):
-    """{row: {column: score}} of one network, or of the raw spectrograms (model None)."""
-    features = probe.extract(model, tracks, device)
-    items = probe.make_items(store.lengths, features, per_frame=False)
-    order = np.arange(len(tracks))
-    return {prefix + name: probe.track_mean(x.float(), items.owner, order) for name, x in features.items()}
+def rows_of(model, tracks, prefix, device):
+    """{row: (tracks, dim)}: mean features of one network, or of the raw spectrograms (model None)."""
+    items, order = probe.extract(model, tracks, device), np.arange(len(tracks))
+    return {prefix + name: probe.track_mean(x.float(), items.owner, order) for name, x in items.rows.items()}
 
 
 def main():
@@ -67,9 +65,9 @@ def main():
         for prefix, network in networks.items():
             row = key_columns(probe.key_probabilities(network, tracks, args.device).numpy(), truths, numbers)
             table.setdefault(f"{prefix}{model.key_token()} zero-shot", []).append(row)
-            for name, x in rows_of(network, tracks, store, prefix, args.device).items():
+            for name, x in rows_of(network, tracks, prefix, args.device).items():
                 table.setdefault(name, []).append({"retrieval": retrieval(x, first, second)})
-    for name, x in rows_of(None, tracks, store, "", args.device).items():
+    for name, x in rows_of(None, tracks, "", args.device).items():
         table[name] = [{"retrieval": retrieval(x, first, second)}]
     print(f"{len(args.checkpoint)} networks; retrieval among {len(pairs)} tracks")
     for name, rows in table.items():

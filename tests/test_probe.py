@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import data
 import model
 import probe
+from conftest import frame_items
 from probe import LINEAR, Items, Track
 
 
@@ -104,7 +105,7 @@ def by_hand(net, frames, layer):
 
 def test_rows_of_a_network_are_its_readouts():
     net, tracks = network(), [song(260), song(45, seed=1)]
-    rows = probe.extract(net, tracks, "cpu")
+    rows = probe.extract(net, tracks, "cpu").rows
     assert list(rows) == ["cpsd", "ntxent", "average", "concat", "sequence mean", "sequence mean+std",
                           "all tokens mean"]
     assert all(len(x) == 3 and x.dtype == torch.float16 for x in rows.values())
@@ -119,7 +120,7 @@ def test_rows_of_a_network_are_its_readouts():
 
 def test_inner_layers_pass_the_final_norm_and_are_named():
     net, track = network(("ntxent",)), song(126)
-    rows = probe.extract(net, [track], "cpu", layers=[0, 2])
+    rows = probe.extract(net, [track], "cpu", layers=[0, 2]).rows
     assert {"ntxent L0", "sequence mean L2"} < set(rows) and len(rows) == 8
     same(rows["ntxent L0"][0].float(), by_hand(net, track, 0)[0], 3e-3)
     same(rows["ntxent L2"][0].float(), by_hand(net, track, 2)[0], 3e-3)
@@ -127,7 +128,7 @@ def test_inner_layers_pass_the_final_norm_and_are_named():
 
 def test_items_per_frame_keep_the_rest_and_the_order():
     net, tracks = network(("ntxent",)), [song(130), song(45, seed=1), song(131, seed=2)]
-    found = probe.extract(net, tracks, "cpu", per_frame=True)
+    found = probe.extract(net, tracks, "cpu", per_frame=True).rows
     assert list(found) == ["sequence"] and found["sequence"].shape == (130 + 45 + 131, 24)
     windows = [tracks[0][:126], tracks[0][126:], tracks[1], tracks[2][:126], tracks[2][126:]]
     same(found["sequence"].float(), torch.cat([by_hand(net, w, 2)[1:] for w in windows]), 3e-3)
@@ -135,15 +136,15 @@ def test_items_per_frame_keep_the_rest_and_the_order():
 
 def test_a_frame_of_a_patch_network_has_the_mean_of_the_patches_at_that_time():
     net, track = network(("ntxent",), patch="64x4", pool="mean"), song(126)
-    found = probe.extract(net, [track], "cpu", per_frame=True)["sequence"].float()                # (126, 24)
+    found = probe.extract(net, [track], "cpu", per_frame=True).rows["sequence"].float()                # (126, 24)
     sequence = by_hand(net, track, 2).view(31, 2, 24).mean(dim=1)                                 # (31 columns, 24)
     same(found, sequence[(torch.arange(126) // 4).clamp(max=30)], 3e-3)
-    assert list(probe.extract(net, [track], "cpu")) == ["sequence mean", "sequence mean+std"]     # no class tokens
+    assert list(probe.extract(net, [track], "cpu").rows) == ["sequence mean", "sequence mean+std"]     # no class tokens
 
 
 def test_raw_is_the_mean_and_deviation_over_time():
     tracks = [song(45), song(126, seed=1)]
-    raw, mean = (probe.extract(None, tracks, "cpu")[name] for name in ("raw", "raw mean"))
+    raw, mean = (probe.extract(None, tracks, "cpu").rows[name] for name in ("raw", "raw mean"))
     assert torch.equal(raw[:, :212], mean)
     assert raw.shape == (2, 2 * (84 + 128))
     for found, frames in zip(raw, tracks):
@@ -155,9 +156,9 @@ def test_raw_is_the_mean_and_deviation_over_time():
 
 def test_features_do_not_depend_on_the_batch(monkeypatch):
     net, tracks = network(), [song(300), song(41, seed=1), song(126, seed=2), song(41, seed=3)]
-    together = probe.extract(net, tracks, "cpu")
+    together = probe.extract(net, tracks, "cpu").rows
     monkeypatch.setattr(probe, "window_batches", partial(probe.window_batches, size=1))
-    for name, value in probe.extract(net, tracks, "cpu").items():
+    for name, value in probe.extract(net, tracks, "cpu").rows.items():
         same(value.float(), together[name].float(), 2e-3)
 
 
@@ -385,7 +386,7 @@ def clips(tmp_path):
     noise = np.random.default_rng(0).normal(size=(lengths.sum(), 5))
     rows = {name: torch.from_numpy(np.column_stack([level * np.concatenate(beats), noise])).float()
             for name, level in (("marked", 9), ("noise", 0))}
-    return probe.make_items(lengths, rows, per_frame=True), tracks
+    return frame_items(lengths, rows), tracks
 
 
 def test_beats_are_counted_per_track(clips):
@@ -418,7 +419,7 @@ def test_frames_without_a_chord_label_are_neither_learnt_nor_scored(tmp_path):
     lengths, chords = np.array([len(c) for c in chords]), np.concatenate(chords)
     x = torch.from_numpy(np.eye(4)[chords]).float()
     x = x + 0.1 * torch.randn(len(chords), 4, generator=torch.Generator().manual_seed(0))
-    items = probe.make_items(lengths, {"clear": x, "zero": x * 0}, per_frame=True)
+    items = frame_items(lengths, {"clear": x, "zero": x * 0})
     table, _, _ = probe.probe_targets(items, tracks, {"chords": "chords"}, steps=96, lr=0.1)
     assert table["clear"]["overlap"]["mean"] == table["clear"]["overlap (pooled)"]["mean"] == 1
     assert table["chance"]["overlap"]["mean"] == pytest.approx(1 / 3)
@@ -587,13 +588,13 @@ def test_the_template_finds_the_key_of_the_pitch_fork():
 class Folded:
     """Stands for a network that folds octaves; the first bin of its crop is class `turn`."""
     config, turn, outputs = {}, 0, 12
-    heads = property(lambda self: {"cpsd": self})
+    tasks = property(lambda self: {"cpsd": self})
     key_token = lambda self: "cpsd"
 
     def __call__(self, cqt, mel):
         return {"cpsd": torch.roll((cqt ** 4).mean(dim=1).view(len(cqt), 7, 12).sum(dim=1), self.turn, dims=1)}, {}
 
-    def keys(self, token):
+    def posterior(self, token):
         return token / token.sum(dim=1, keepdim=True)
 
 

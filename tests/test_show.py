@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import data
 import probe
+from conftest import frame_items
 import test_probe
 from probe import FIFTH_NAMES
 from test_probe import command, network, same, song
@@ -54,7 +55,7 @@ def test_embeddings_are_the_means_of_the_windows(excerpts, checkpoint, monkeypat
     assert tracks["paths"].tolist() == names == windows["paths"].tolist()
     assert (windows["track"] == np.arange(24) // 2).all() and windows["time"].tolist() == pytest.approx([0, 4.032] * 12)
     frames = [data.prepare_folders([excerpts]).track(i) for i in range(12)]
-    rows = probe.extract(probe.load_checkpoint(checkpoint), frames, "cpu")
+    rows = probe.extract(probe.load_checkpoint(checkpoint), frames, "cpu").rows
     for name in ("cpsd", "ntxent", "sequence"):
         expected = rows[name.replace("sequence", "sequence mean")].float()
         assert tracks[name].shape == (12, 24) and tracks[name].dtype == np.float32
@@ -319,7 +320,7 @@ def test_labels_of_the_embedded_songs_are_their_scores(quick):
     store, numbers, tracks = probe.synth_tracks(**probe.EMERGENCE_SONGS)
     assert numbers.tolist() == [0, 1, 2, 4, 6, 7]
     assert [t.split for t in tracks] == ["train", "train", "train", "valid", "test", "test"]
-    score, items, moment = data.compose(7), probe.make_items(store.lengths[[7]], {}, True), 100 * probe.FRAME_SECONDS
+    score, items, moment = data.compose(7), frame_items(store.lengths[[7]], {}), 100 * probe.FRAME_SECONDS
     chords = probe.Chords([tracks[5].labels["chords"]], items).y           # (frames,)
     assert len(chords) == 751 and chords[100] == next(c for start, end, c in score["chords"] if start <= moment < end)
     beats = probe.Beats([tracks[5].labels["beats"]], items).y[:, 0]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"data.py": (1035, 9020), "model.py": (230, 2050), "losses.py": (455, 3490), "train.py": (540, 4320),
-          "probe.py": (1990, 18930)}  # lines, tokens
+LIMITS = {"data.py": (1035, 9020), "model.py": (230, 2010), "losses.py": (455, 3490), "train.py": (540, 4320),
+          "probe.py": (1970, 18620)}  # lines, tokens
 NAMES = 35
 LAYOUT = {token.NEWLINE, token.NL, token.INDENT, token.DEDENT, token.ENDMARKER, token.COMMENT, token.ENCODING}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)

@@ -656,7 +656,7 @@ def test_local_tasks_take_layers_labels_and_grid(run, tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "GRID_STEPS", (8,))
     out = run("chords", "--data", tmp_path, "--grid")
     assert list(written("chords-grid")) == LOCAL and "protocol grid" in out
-    assert "\nsequence: standardize False, hidden 0, batch 64" in out
+    assert "\nsequence: {'standardize': False, 'hidden': 0, 'batch': 64" in out
     with pytest.raises(data.InputError, match="--confusion sequence"):
         run("chords", "--data", tmp_path, "--confusion", "sequence")
 

@@ -24,7 +24,7 @@ def found():
     network, songs = load_checkpoint(probe.SHIPPED), [torch.from_numpy(data.render(data.compose(i))) for i in SONGS]
     frames = [data.audio_to_frames([wave], data.FrontEnd()) for wave in songs]
     keys = [probe.ALL_KEYS[row.argmax()] for row in probe.key_probabilities(network, frames, "cpu")]
-    return keys, probe.extract(network, [f[:data.SEGMENT] for f in frames], "cpu")
+    return keys, probe.extract(network, [f[:data.SEGMENT] for f in frames], "cpu").rows
 
 
 def test_the_file_is_small_and_complete():
