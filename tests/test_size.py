@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"data.py": (1035, 9020), "model.py": (230, 2010), "losses.py": (455, 3490), "train.py": (540, 4320),
-          "probe.py": (1970, 18620)}  # lines, tokens
-NAMES = 35
+          "probe.py": (1970, 18640)}  # lines, tokens
+NAMES = 32
 LAYOUT = {token.NEWLINE, token.NL, token.INDENT, token.DEDENT, token.ENDMARKER, token.COMMENT, token.ENCODING}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -782,3 +783,17 @@ def test_list_names_every_task_and_what_is_there(run, tmp_path, monkeypatch):
     out = run("list")
     assert {line.split()[0] for line in out.splitlines()} >= {*probe.TASKS, "folders", "csv", "synth", "key"}
     assert "datasets/gtzan/ found" in out and "datasets/ballroom/ not there" in out
+
+
+def test_the_exercise_of_the_laboratory_book(run, tmp_path, monkeypatch):
+    """A probe task of one's own: a reader and an entry of TASKS, as printed there."""
+    book = (Path(__file__).parent / "README.md").read_text()
+    code = textwrap.dedent(re.search(r"^    def read_mood.*?(?=^## )", book, flags=re.S | re.M)[0])
+    own = vars(probe) | dict(TASKS={})
+    exec(code, own)
+    monkeypatch.setitem(probe.TASKS, "mood", own["TASKS"]["mood"])
+    for i in range(6):
+        clip(tmp_path / f"{i}.wav", i)
+    write_table(tmp_path / "moods.csv", ("file", "mood", "album"), *((f"{i}.wav", "calm tense".split()[i % 2], i // 2) for i in range(6)))
+    out = run("mood", "--data", tmp_path)
+    assert "6 of 6 files" in out and "3 groups" in out and "accuracy" in written("mood")["raw"]
