@@ -49,12 +49,13 @@ def main():
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     store, truths, numbers = data.prepare_folders([args.folder]), {}, {}
-    tracks = [store.track(i) for i in range(len(store.paths))]
-    for path in args.keys:
-        labels = data.read_labels(path, "key", store.paths)
-        found = [(i, key) for i, name in enumerate(store.paths) if (key := data.parse_key(labels.get(name, ""))) is not None]
-        numbers[Path(path).stem], truths[Path(path).stem] = map(np.array, zip(*found))
-    stems = {Path(name).stem: i for i, name in enumerate(store.paths) if i in numbers[Path(args.keys[0]).stem]}
+    labels = {Path(path).stem: data.read_labels(path, "key", store.paths) for path in args.keys}
+    paths = sorted(set().union(*labels.values()))                          # excerpts with a key in one of the CSVs
+    tracks = [store.track(store.paths.index(name)) for name in paths]
+    for name, keys in labels.items():
+        numbers[name] = np.array([i for i, path in enumerate(paths) if data.parse_key(keys.get(path, "")) is not None])
+        truths[name] = np.array([data.parse_key(keys[paths[i]]) for i in numbers[name]])
+    stems = {Path(path).stem: i for i, path in enumerate(paths)}
     pairs = [(i, stems[stem[:-1] + "b"]) for stem, i in stems.items() if stem.endswith("_a") and stem[:-1] + "b" in stems]
     first, second = map(list, zip(*pairs))
 

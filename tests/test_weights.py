@@ -11,11 +11,11 @@ import data
 import probe
 from model import load_checkpoint, read_checkpoint
 
-SONGS = range(1152, 1168)  # test songs: never trained on
-KEYS = "bb a b eb e Gb C bb D E C Db b Eb Gb E".split()  # outputs of the weights
+SONGS = range(1152, 1160)  # test songs: never trained on
+KEYS = "bb a b eb e Gb C bb".split()  # outputs of the weights
 # First values of the class tokens of the first window of the first song.
-TOKENS = {"skey": [1.692, 0.216, 1.42, 0.544, 0.025, 0.232, -1.451, 1.82],
-          "ntxent": [2.389, -0.778, -0.861, 1.671, -0.345, 0.193, 0.288, 0.336]}
+TOKENS = {"skey": [1.26, -0.137, 1.558, 0.671, -0.375, -0.469, -0.879, 2.283],
+          "ntxent": [2.066, -0.553, -0.485, 1.076, 0.516, -0.061, 0.02, 0.885]}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_outputs_stay(found):
     """Within what another processor may change (bf16 against fp32: 0.005): no key, and no token by more than 0.03."""
     keys, rows = found
     right = [probe.ALL_KEYS[data.compose(i)["key"]] == key for i, key in zip(SONGS, keys)]
-    assert keys == KEYS and sum(right) >= 12
+    assert keys == KEYS and sum(right) >= 7
     for name, values in TOKENS.items():
         torch.testing.assert_close(rows[name][0, :8].float(), torch.tensor(values), rtol=0, atol=0.03)
 
