@@ -63,9 +63,9 @@ from torch import nn
 from tqdm import tqdm
 
 from data import (AUDIO_SUFFIXES, CROP_BINS, DYNAMIC_RANGE, FMIN, FRAME_SECONDS, KEY_NAMES, MAX_CROP, N_BINS, N_MELS,
-                  PITCH_CROP, SAMPLE_RATE, SCALES, SEGMENT, SYNTH_SPLITS, TIMBRES, FrontEnd, InputError,
+                  PITCH_CROP, SCALES, SEGMENT, SYNTH_SPLITS, TIMBRES, FrontEnd, InputError,
                   audio_to_frames, compose, crop_views, find_audio, parse_key, prepare_files, prepare_folders,
-                  prepare_synth, read_audio, read_labels, read_table, render_note, run_cli, walk, write_atomic)
+                  prepare_synth, read_audio, read_labels, read_table, render, run_cli, walk, write_atomic)
 from losses import template_keys
 from model import MT2, load_checkpoint, pick_amp
 
@@ -1257,14 +1257,11 @@ def print_confusion(outputs, truth, names):
 
 
 @cache
-def pitch_fork():
-    """A clip known to be in C major, (frames, 224) uint8: the cadence C F G C on four timbres (STONE's calibration)."""
-    wave = []
-    for timbre in ("organ", "strings", "pluck", "epiano"):
-        for chord in ((48, 60, 64, 67), (41, 60, 65, 69), (43, 59, 62, 67), (48, 60, 64, 67)):
-            notes = [render_note(TIMBRES.index(timbre), p, 1.01, 1.0, np.random.default_rng(0)) for p in chord]
-            wave.append(torch.from_numpy(np.sum(notes, axis=0)) * 0.1)
-    return audio_to_frames(wave, FrontEnd())
+def known_songs(count=8):
+    """Synthetic songs whose key is known: [(frames, 224) uint8], [tonic of the major key with their signature]."""
+    songs, front_end = [compose(i) for i in range(count)], FrontEnd()
+    waves = [torch.from_numpy(render(song)) for song in songs]
+    return [audio_to_frames([wave], front_end) for wave in waves], [song["signature"] for song in songs]
 
 
 def transpose(keys, steps):
@@ -1291,8 +1288,13 @@ def key_outputs(model, tracks, device, crops=range(MAX_CROP + 1)):
 
 
 def calibrate(model, device):
-    """The class of C major: CPSD leaves one rotation of the circle open, a single known clip determines it."""
-    return key_outputs(model, [pitch_fork()], device)[0].view(-1, 12).sum(dim=0).argmax().item()
+    """The class of C major: CPSD leaves one rotation of the circle open, and a few songs of known key determine it.
+
+    (STONE has one synthetic clip, a pitch fork; a network that is right on most songs can be wrong on it.)
+    """
+    frames, signatures = known_songs()
+    keys = key_outputs(model, frames, device, [PITCH_CROP]).unflatten(-1, (-1, 12)).sum(dim=1)     # (songs, 12)
+    return sum(key.roll(-signature) for key, signature in zip(keys, signatures)).argmax().item()
 
 
 def key_probabilities(model, tracks, device):
