@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"data.py": (1035, 9020), "model.py": (230, 2010), "losses.py": (455, 3490), "train.py": (540, 4320),
-          "probe.py": (1970, 18640)}  # lines, tokens
+          "probe.py": (1970, 18610)}  # lines, tokens
 NAMES = 32
 LAYOUT = {token.NEWLINE, token.NL, token.INDENT, token.DEDENT, token.ENDMARKER, token.COMMENT, token.ENCODING}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -54,4 +54,4 @@ def test_a_function_has_few_names_and_no_nested_comprehension(name):
 def test_readme_is_read_in_ten_minutes():
     text = (ROOT / "README.md").read_text()
     prose = [line for part in text.split("```")[::2] for line in part.splitlines() if not line.startswith(("|", "    "))]
-    assert len(text.splitlines()) <= 210 and max(map(len, prose)) <= 100
+    assert len(text.splitlines()) <= 205 and max(map(len, prose)) <= 100
