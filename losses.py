@@ -306,16 +306,16 @@ class CPSD(Pretext):
         place = (torch.arange(12, device=keys.device) - turn[..., None]) % 12                  # (3, batch, 12)
         return keys.expand(3, -1, -1).gather(-1, torch.cat([place, place + 12], dim=-1))
 
-    def key_loss(self, log_keys, batch):
-        """CPSD of log_keys (3, batch, outputs), averaged over the circles, plus the pseudo-label's cross entropy."""
+    def key_loss(self, log_keys, batch, label=None):
+        """CPSD of log_keys (3, batch, outputs), averaged over the circles, plus the pseudo-label's cross entropy.
+        label: template_posterior (3, batch, 24), where it is known already."""
         profile = sum_relatives(log_keys)                                  # (3, batch, 12)
         loss = sum(cpsd(profile, batch["shifts"], omega, TRANSPOSED_PAIRS) for omega in self.omegas) / len(self.omegas)
         re, im = circle_point(profile, self.omegas[0])
-        logs = dict(cpsd_term=loss, mean_abs_z=(re ** 2 + im ** 2).sqrt().mean())
+        logs = dict(cpsd_term=loss, mean_abs_z=torch.hypot(re, im).mean())
         if self.pseudo_label > 0:
-            label = self.template_posterior(batch)                         # (3, batch, 24)
-            if self.outputs == 12:
-                label = label.unflatten(-1, (2, 12)).sum(dim=-2)           # (3, batch, 12)
+            label = self.template_posterior(batch) if label is None else label     # (3, batch, 24)
+            label = label.unflatten(-1, (-1, self.outputs)).sum(dim=-2)    # (3, batch, outputs)
             logs["label_term"] = -(label * log_keys).sum(dim=-1).mean()
             loss = loss + self.pseudo_label * logs["label_term"]
         return loss, logs
@@ -335,18 +335,18 @@ class SKey(CPSD):
     # S-KEY (code; its paper has 15). There CPSD is a sum over three pairs, here a mean, so these are thirds of theirs.
     MODE, BALANCE = 1.5 / 3, 20.0 / 3
 
-    def mode_label(self, batch):
-        """(batch,), 1.0 where the major key of the template's best signature is more probable than its relative."""
-        keys = self.template_posterior(batch)[0].unflatten(-1, (2, 12))                        # (batch, 2, 12)
+    def mode_label(self, posterior):
+        """(3, batch, 24) -> (batch,), 1.0 where the major key of the best signature is likelier than its relative."""
+        keys = posterior[0].unflatten(-1, (2, 12))                                             # (batch, 2, 12)
         best = keys.sum(dim=1).argmax(dim=-1)                                                  # (batch,)
         major, minor = keys[torch.arange(len(best), device=best.device), :, best].unbind(-1)   # (batch,) each
         return (major > minor).float()
 
     def forward(self, token, batch, teacher=None):
-        log_keys = self.log_keys(token)                                                        # (3, batch, 24)
-        loss, logs = self.key_loss(log_keys, batch)
+        log_keys, posterior = self.log_keys(token), self.template_posterior(batch)             # (3, batch, 24) each
+        loss, logs = self.key_loss(log_keys, batch, posterior)
         log_major, log_minor = log_keys.unflatten(-1, (2, 12)).logsumexp(dim=-1).unbind(-1)    # (3, batch) each
-        label = self.mode_label(batch)                                                         # (batch,)
+        label = self.mode_label(posterior)                                                     # (batch,)
         mode = -(label * log_major + (1 - label) * log_minor).mean(dim=1).sum()                # sum over three views
         balance = (log_major[:2].exp().mean() - 0.5) ** 2
         logs |= dict(mode_term=mode, balance_term=balance, major_share=log_major.exp().mean())
