@@ -120,69 +120,56 @@ def change_rate(spectrum, n_in, n_out):
     return torch.fft.irfft(spectrum[..., :lower + 1] * gain, n=n_out)
 
 
-def resample_blocks(blocks, rate_in, rate_out):
-    """Band-limited resampling of a stream: 1-D float32 tensors at `rate_in` Hz in, at `rate_out` Hz out.
+def resample(blocks, rate_in, rate_out):
+    """Band-limited resampling: (samples,) float32 in blocks at `rate_in` Hz -> (ceil(samples * rate_out / rate_in),).
 
-    `down` samples in last as long as `up` samples out; blocks are whole numbers of such units. The FFT is circular, so
-    blocks overlap and their edges are discarded (overlap-save).
+    `down` samples in last as long as `up` samples out. The FFT is circular, so it takes overlapping windows, whose
+    edges are discarded (overlap-save). Blocks, as a whole recording at 44.1 kHz stereo would fill the memory.
     """
     if rate_in == rate_out:
-        yield from blocks
-        return
+        return torch.cat([torch.zeros(0), *blocks])
     units_per_second = math.gcd(rate_in, rate_out)
     up, down = rate_out // units_per_second, rate_in // units_per_second
     margin, core = math.ceil(0.1 * units_per_second), math.ceil(1.5 * units_per_second)        # in units
     size = core + 2 * margin
     end = torch.zeros((core + margin) * down)                   # pushes the last samples out
-    buffer, received, sent = torch.zeros(margin * down), 0, 0
+    buffer, output, samples = torch.zeros(margin * down), [], -len(end)
     for block in chain(blocks, [end]):
-        received += 0 if block is end else len(block)
-        buffer = torch.cat([buffer, block])                     # (samples,) at rate_in
-        if len(buffer) < size * down:
-            continue
-        framed = buffer.unfold(0, size * down, core * down)     # (n, size * down), overlapping
-        output = change_rate(torch.fft.rfft(framed), size * down, size * up)                   # (n, size * up)
-        output = output[:, margin * up:-margin * up].flatten()[:math.ceil(received * up / down) - sent]
-        buffer, sent = buffer[len(framed) * core * down:], sent + len(output)
-        yield output
+        samples += len(block)
+        buffer = torch.cat([buffer, block])
+        if len(buffer) >= size * down:
+            windows = buffer.unfold(0, size * down, core * down)                               # (n, size * down)
+            resampled = change_rate(torch.fft.rfft(windows), size * down, size * up)           # (n, size * up)
+            output.append(resampled[:, margin * up:-margin * up].flatten())
+            buffer = buffer[len(windows) * core * down:]
+    return torch.cat(output)[:math.ceil(samples * up / down)]
 
 
-def resample(wave, rate_in, rate_out):
-    """(samples,) float32 at `rate_in` Hz -> (ceil(samples * rate_out / rate_in),) at `rate_out`: resample_blocks."""
-    return torch.cat(list(resample_blocks([wave], rate_in, rate_out)))
+def read_audio(path):
+    """Decode a file (wav, flac, ogg, opus, mp3, au, aiff): (samples,) float32 at 16 kHz, mono by mean over channels.
 
-
-def read_audio(path, sample_rate=SAMPLE_RATE):
-    """Decode a file block by block: yields (samples,) float32 tensors, mono by mean over channels, at `sample_rate`.
-
-    Memory stays at a few blocks however long the file is. Raises InputError, naming the file, when it is not audio,
-    cannot be read, is empty, silent or holds NaN.
+    Raises InputError, naming the file, when it is not audio, cannot be read, is empty, silent or holds NaN.
     """
     def mono_blocks(file):
         size = min(20 * file.samplerate, 2 ** 22 // file.channels)
         while len(block := file.read(size, dtype="float32", always_2d=True)):                  # (samples, channels)
             yield torch.from_numpy(block.mean(axis=1))                                         # (samples,)
 
-    peak = 0.0
     try:
         with sf.SoundFile(os.fsencode(path)) as file:
-            if not 2000 <= file.samplerate <= 768000:
-                raise InputError(f"{path}: a sample rate of {file.samplerate} Hz is not music; convert the file")
-            for wave in resample_blocks(mono_blocks(file), file.samplerate, sample_rate):
-                peak = np.abs(wave.numpy()).max(initial=peak)
-                if not math.isfinite(peak):
-                    raise InputError(f"{path}: holds NaN or infinite samples; export it again")
-                yield wave
+            rate = file.samplerate
+            if not 2000 <= rate <= 768000:
+                raise InputError(f"{path}: a sample rate of {rate} Hz is not music; convert the file")
+            wave = resample(mono_blocks(file), rate, SAMPLE_RATE)
     except (sf.SoundFileError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).rpartition(": ")[2].rstrip(".")
         raise InputError(f"{path}: cannot be decoded ({reason}); check that it is a complete audio file") from None
+    peak = np.abs(wave.numpy()).max(initial=0)
+    if not math.isfinite(peak):
+        raise InputError(f"{path}: holds NaN or infinite samples; export it again")
     if peak < 1e-4:  # -80 dBFS; also a stereo file whose channels cancel each other
         raise InputError(f"{path}: is empty, or silent when mixed to mono; remove it or check its channels")
-
-
-def load_audio(path, sample_rate=SAMPLE_RATE):
-    """Decode a whole file (wav, flac, ogg, opus, mp3, au, aiff): (samples,) float32 mono. Raises as read_audio."""
-    return torch.cat(list(read_audio(path, sample_rate)))
+    return wave
 
 
 # ---------------------------------------------------------------- front ends
@@ -342,23 +329,19 @@ HALO = 32 * HOP                        # context on either side: the longest fil
 
 
 @torch.inference_mode()
-def audio_to_frames(blocks, front_end):
-    """A stream of mono blocks at 16 kHz -> (frames, 224) uint8, frames = 1 + samples // hop.
+def audio_to_frames(wave, front_end):
+    """(samples,) at 16 kHz -> (frames, 224) uint8, frames = 1 + samples // hop.
 
     Chunks of 60 s are transformed with a halo of context, so that no seam remains. 255 steps for 80 dB are 0.3 dB each.
     """
-    output, buffer, start = [], torch.zeros(0), 0               # buffer[:start] is context, already transformed
-    for block in chain(blocks, [None]):
-        if block is not None:
-            buffer = torch.cat([buffer, block])                 # (samples,)
-        while len(buffer) >= start + CHUNK + HALO or (block is None and len(buffer) > start):
-            stop = min(start + CHUNK, len(buffer))
-            frames = front_end(buffer[None, :stop + HALO])[0]   # (frames, 224)
-            frames = frames[start // HOP:][:(stop - start) // HOP + (stop == len(buffer))]
-            output.append((frames * 255).round().to(torch.uint8).contiguous().numpy())
-            start = min(stop, HALO)
-            buffer = buffer[stop - start:]
-    return np.concatenate(output)
+    output = []
+    for start in range(0, len(wave), CHUNK):
+        first = max(0, start - HALO)
+        frames = front_end(wave[None, first:start + CHUNK + HALO])[0]      # (frames, 224), context included
+        last = start + CHUNK >= len(wave)                                  # one frame more: that of the end
+        frames = frames[(start - first) // HOP:][:CHUNK // HOP + last]
+        output.append((frames * 255).round().to(torch.uint8))
+    return torch.cat(output).numpy()
 
 
 # ---------------------------------------------------------------- frame store
@@ -504,7 +487,7 @@ def transform(sources):
 
 
 def prepare(sources, out, settings, label):
-    """Transform `sources` [(name, function that returns blocks of audio)] into the store `out` on all cores.
+    """Transform `sources` [(name, function that returns audio)] into the store `out` on all cores.
 
     The order of `sources` is the order in the store, whatever finishes first. A complete store with the same settings
     is opened as it is; an incomplete one is cut to whole tracks and completed; other settings start anew. Sources that
@@ -1011,7 +994,7 @@ def render(song):
 
 def prepare_synth(songs=SYNTH_SPLITS["test"].stop, out="data/synth", seed=0):
     """Frame store of synthetic songs 0 .. songs - 1, through the same path as files. Made once, then cached."""
-    sources = [(f"synth/{i:05d}", lambda i=i: [torch.from_numpy(render(compose(i, seed)))]) for i in range(songs)]
+    sources = [(f"synth/{i:05d}", lambda i=i: torch.from_numpy(render(compose(i, seed)))) for i in range(songs)]
     rules = Path(__file__).read_text().partition("- synthetic songs\n")[2]  # other rules make other songs
     return prepare(sources, out, settings_of([seed, rules, songs]), "making synthetic songs")
 

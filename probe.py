@@ -1261,7 +1261,7 @@ def known_songs(count=8):
     """Synthetic songs whose key is known: [(frames, 224) uint8], [tonic of the major key with their signature]."""
     songs, front_end = [compose(i) for i in range(count)], FrontEnd()
     waves = [torch.from_numpy(render(song)) for song in songs]
-    return [audio_to_frames([wave], front_end) for wave in waves], [song["signature"] for song in songs]
+    return [audio_to_frames(wave, front_end) for wave in waves], [song["signature"] for song in songs]
 
 
 def transpose(keys, steps):

@@ -105,7 +105,7 @@ def preparation():
     print("preparing one stereo 44.1 kHz ogg of 3 minutes, one core")
     with tempfile.TemporaryDirectory() as folder:
         song = np.tile(data.render(data.compose(0)), 8)[:180 * data.SAMPLE_RATE]
-        wave = data.resample(torch.from_numpy(song), data.SAMPLE_RATE, 44100).numpy()
+        wave = data.resample([torch.from_numpy(song)], data.SAMPLE_RATE, 44100).numpy()
         path = Path(folder) / "song.ogg"
         with sf.SoundFile(path, "w", 44100, 2) as file:  # in blocks: libvorbis dislikes minutes at once
             for block in np.array_split(np.stack([wave, 0.8 * wave], axis=1).clip(-1, 1), 60):
@@ -114,8 +114,8 @@ def preparation():
         torch.set_num_threads(1)
         front_end, mono = data.FrontEnd(), torch.from_numpy(wave)
         decode = seconds(lambda: sf.read(path, dtype="float32"))
-        resample = seconds(lambda: data.resample(mono, 44100, data.SAMPLE_RATE))
-        transform = seconds(lambda: data.audio_to_frames([torch.from_numpy(song)], front_end))
+        resample = seconds(lambda: data.resample([mono], 44100, data.SAMPLE_RATE))
+        transform = seconds(lambda: data.audio_to_frames(torch.from_numpy(song), front_end))
         whole = seconds(lambda: data.audio_to_frames(data.read_audio(path), front_end))
         torch.set_num_threads(threads)
         for copy in range(15):

@@ -44,7 +44,7 @@ def song_folder(tmp_path_factory, wave_of):
     for i, name in enumerate(SONGS):
         wave, rate = wave_of(i)[:10 * data.SAMPLE_RATE], data.SAMPLE_RATE
         if name in STEREO_44K:
-            wave, rate = data.resample(torch.from_numpy(wave), rate, 44100).numpy(), 44100
+            wave, rate = data.resample([torch.from_numpy(wave)], rate, 44100).numpy(), 44100
             wave = np.stack([wave, 0.5 * wave], axis=1).clip(-1, 1)
         sf.write(folder / name, wave, rate)
     return folder

@@ -128,7 +128,7 @@ def test_attention_that_follows_the_clicks_is_found(monkeypatch):
     wave, times = rng.normal(0, 1e-3, 260 * data.HOP), np.cumsum(rng.uniform(0.25, 0.8, 13))
     for time in times:
         wave[int(time * data.SAMPLE_RATE):][:320] += rng.normal(0, 0.3, 320)
-    frames = data.audio_to_frames([torch.from_numpy(wave).float()], data.FrontEnd())
+    frames = data.audio_to_frames(torch.from_numpy(wave).float(), data.FrontEnd())
     at_clicks = torch.zeros(252)
     at_clicks[(times[times < 8] / probe.FRAME_SECONDS).round()] = 1
     planted(monkeypatch, at_clicks.view(2, 126), torch.from_numpy(rng.random((2, 126))).float())

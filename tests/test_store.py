@@ -71,7 +71,7 @@ def test_store_holds_every_song_under_its_name_in_sorted_order(song_folder, fini
 def test_each_track_holds_the_frames_of_its_own_file(song_folder, finished):
     store, front_end = FrameStore(finished), data.FrontEnd()
     for i, name in enumerate(store.paths):
-        expected = (front_end(data.load_audio(song_folder.parent / name)[None])[0] * 255).round()
+        expected = (front_end(data.read_audio(song_folder.parent / name)[None])[0] * 255).round()
         assert (torch.from_numpy(store.track(i).copy()).float() - expected).abs().max() <= 1
 
 

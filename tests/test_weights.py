@@ -22,7 +22,7 @@ TOKENS = {"skey": [1.26, -0.137, 1.558, 0.671, -0.375, -0.469, -0.879, 2.283],
 def found():
     """(Keys of SONGS, as in probe.ALL_KEYS, {row: (songs, dim)} of their first windows)."""
     network, songs = load_checkpoint(probe.SHIPPED), [torch.from_numpy(data.render(data.compose(i))) for i in SONGS]
-    frames = [data.audio_to_frames([wave], data.FrontEnd()) for wave in songs]
+    frames = [data.audio_to_frames(wave, data.FrontEnd()) for wave in songs]
     keys = [probe.ALL_KEYS[row.argmax()] for row in probe.key_probabilities(network, frames, "cpu")]
     return keys, probe.extract(network, [f[:data.SEGMENT] for f in frames], "cpu").rows
 
