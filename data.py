@@ -52,7 +52,7 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 SAMPLE_RATE = 16000        # Hz (MT2, CoJEPA, Myna): holds frequencies up to its half, the Nyquist frequency
-HOP = 512                  # samples between frames: 32 ms (MT2: deduced from 126 frames per 4 s)
+HOP = 512                  # samples between frames: 32 ms (MT2: deduced from 126 frames per 4 s); halved 7 times in CQT
 FMIN = 27.5                # Hz, the piano's lowest A (STONE)
 BINS_PER_OCTAVE = 12       # one bin a semitone, so moving by one bin is transposing by one semitone (STONE)
 N_BINS = 96                # eight octaves; STONE's 99th bin would cross Nyquist at 16 kHz (our choice)
@@ -175,69 +175,59 @@ def read_audio(path):
 # ---------------------------------------------------------------- front ends
 
 
-def cqt_kernel(frequency, bins_per_octave, sample_rate):
+def cqt_kernel(frequency):
     """Constant-Q filters at `frequency` (bins,) Hz, in the frequency domain: (bins, n_fft/2 + 1) complex64.
 
-    The filter at f is a Hann window of Q * sample_rate / f samples times a complex exponential, normalised to sum 1 and
+    The filter at f is a Hann window of Q * SAMPLE_RATE / f samples times a complex exponential, normalised to sum 1 and
     doubled: a full-scale sine at f gives 1.0. So every filter lasts the same number of periods: Q is constant. As in
-    librosa, Q = (r^2 + 1) / (r^2 - 1) with r = 2^(1 / bins_per_octave): 17.33 for semitones.
-    Raises ValueError if the highest filter crosses the Nyquist frequency.
+    librosa, Q = (r^2 + 1) / (r^2 - 1) with r = 2^(1 / BINS_PER_OCTAVE): 17.33 for semitones.
     """
-    r = 2 ** (1 / bins_per_octave)
+    r = 2 ** (1 / BINS_PER_OCTAVE)
     Q = (r ** 2 + 1) / (r ** 2 - 1)
-    if frequency[-1] * (1 + 0.75 / Q) > sample_rate / 2:                   # 1.5 FFT bins: the Hann window's bandwidth
-        raise ValueError(f"the filter at {frequency[-1]:.0f} Hz crosses the Nyquist frequency {sample_rate / 2:.0f} Hz")
     frequency = frequency[:, None]                                         # (bins, 1)
-    length = Q * sample_rate / frequency                                   # (bins, 1) samples, not integers
+    length = Q * SAMPLE_RATE / frequency                                   # (bins, 1) samples, not integers
     n_fft = 2 ** math.ceil(math.log2(length.max().item() + 1))
     t = torch.arange(n_fft, dtype=torch.float64) - n_fft // 2              # (n_fft,)
     window = 0.5 + 0.5 * torch.cos(2 * math.pi * t / length)               # (bins, n_fft)
     window = window * (t.abs() < length / 2)
     window = 2 * window / window.sum(dim=1, keepdim=True)
-    kernel = window * torch.exp(2j * math.pi * frequency / sample_rate * t)                    # (bins, n_fft)
+    kernel = window * torch.exp(2j * math.pi * frequency / SAMPLE_RATE * t)                    # (bins, n_fft)
     spectrum = torch.fft.fft(kernel)[:, :n_fft // 2 + 1].conj() / n_fft    # Parseval: inner products need no inverse
     return spectrum.to(torch.complex64)
 
 
 class CQT(nn.Module):
-    """Constant-Q transform: (batch, samples) -> (batch, n_bins, frames) magnitudes, frames = 1 + samples // hop.
+    """Constant-Q transform: (batch, samples) -> (batch, 96, frames) magnitudes, frames = 1 + samples // HOP.
 
-    Bin k is tuned to f_k = fmin * 2^(k / bins_per_octave) by a filter as in cqt_kernel. Frames are centred at multiples
-    of hop; the signal is zero-padded.
+    Bin k is tuned to f_k = 27.5 * 2^(k / 12) Hz by a filter as in cqt_kernel. Frames are centred at multiples of HOP;
+    the signal is zero-padded.
 
     The lowest filter lasts 0.6 s, and a kernel that long at every frame is slow. But the filter an octave lower is the
     same at half the sample rate. So: filter the top octave with a short kernel (12 x 128 taps), halve the sample rate,
     use the same kernel at half the hop, and so on (Schoerkhuber and Klapuri 2010).
-
-    Raises ValueError if n_bins is not whole octaves, hop cannot be halved that often, or a filter crosses Nyquist.
     """
 
-    def __init__(self, sample_rate=SAMPLE_RATE, hop=HOP, fmin=FMIN, n_bins=N_BINS, bins_per_octave=BINS_PER_OCTAVE):
+    def __init__(self):
         super().__init__()
-        self.hop, self.octaves = hop, n_bins // bins_per_octave
-        if n_bins % bins_per_octave:
-            raise ValueError(f"n_bins={n_bins} must be a multiple of bins_per_octave={bins_per_octave}")
-        if hop % 2 ** (self.octaves - 1):
-            raise ValueError(f"hop={hop} must be a multiple of {2 ** (self.octaves - 1)} to be halved at each octave")
-        top = torch.arange(n_bins - bins_per_octave, n_bins, dtype=torch.float64)
-        kernel = cqt_kernel(fmin * 2 ** (top / bins_per_octave), bins_per_octave, sample_rate)
+        top = torch.arange(N_BINS - BINS_PER_OCTAVE, N_BINS, dtype=torch.float64)
+        kernel = cqt_kernel(FMIN * 2 ** (top / BINS_PER_OCTAVE))
         self.n_fft = 2 * (kernel.shape[1] - 1)
-        # Not in the state dict: they follow from the arguments.
-        self.register_buffer("kernel", kernel, persistent=False)           # (bins_per_octave, n_fft/2 + 1)
+        # Not in the state dict: they follow from the constants.
+        self.register_buffer("kernel", kernel, persistent=False)           # (12, n_fft/2 + 1)
         self.register_buffer("ones", torch.ones(self.n_fft), persistent=False)
         taps, self.centre = half_band_filter()
         self.register_buffer("taps", taps, persistent=False)               # (95, 32)
 
     def forward(self, wave):
-        frames, octaves = 1 + wave.shape[-1] // self.hop, []
-        for octave in range(self.octaves):
+        frames, octaves = 1 + wave.shape[-1] // HOP, []
+        for octave in range(N_BINS // BINS_PER_OCTAVE):
             if octave:
                 wave = halve_rate(wave, self.taps, self.centre)            # (batch, samples / 2^octave)
-            spectrum = torch.stft(wave, self.n_fft, self.hop >> octave, window=self.ones, pad_mode="constant",
+            spectrum = torch.stft(wave, self.n_fft, HOP >> octave, window=self.ones, pad_mode="constant",
                                   return_complex=True)
             spectrum = spectrum[..., :frames]                              # (batch, n_fft/2 + 1, frames)
-            octaves.append((self.kernel @ spectrum).abs())                 # (batch, bins_per_octave, frames)
-        return torch.cat(octaves[::-1], dim=1)                             # (batch, n_bins, frames), low to high
+            octaves.append((self.kernel @ spectrum).abs())                 # (batch, 12, frames)
+        return torch.cat(octaves[::-1], dim=1)                             # (batch, 96, frames), low to high
 
 
 HALF_BLOCK = 32  # samples that one row of the matrix product in halve_rate gives
@@ -269,36 +259,31 @@ def halve_rate(wave, taps, centre):
 
 
 class Mel(nn.Module):
-    """Mel spectrogram: (batch, samples) -> (batch, n_mels, frames) power, frames = 1 + samples // hop.
+    """Mel spectrogram: (batch, samples) -> (batch, 128, frames) power, frames = 1 + samples // HOP.
 
-    Triangles from 0 to f_max (1 kHz or more) on Slaney's mel scale, linear below 1 kHz and logarithmic above, each of
-    area 1 in Hz (Slaney's norm). Periodic Hann window, centred, zero-padded: the same frame grid as the CQT.
-    Raises ValueError if f_max exceeds Nyquist or a filter falls between two FFT bins and stays empty.
+    Triangles from 0 Hz to Nyquist on Slaney's mel scale, linear below 1 kHz and logarithmic above, each of area 1 in Hz
+    (Slaney's norm). Periodic Hann window, centred, zero-padded: the same frame grid as the CQT.
     """
 
-    def __init__(self, sample_rate=SAMPLE_RATE, n_fft=N_FFT, hop=HOP, n_mels=N_MELS, f_max=8000.0):
+    def __init__(self):
         super().__init__()
-        if f_max > sample_rate / 2:
-            raise ValueError(f"f_max={f_max} Hz exceeds the Nyquist frequency {sample_rate / 2} Hz")
-        self.n_fft, self.hop = n_fft, hop
+        nyquist = SAMPLE_RATE / 2
         step = math.log(6.4) / 27                                          # one mel above 1000 Hz (15 mel)
-        top = 15 + math.log(f_max / 1000) / step
-        mel = torch.linspace(0, top, n_mels + 2, dtype=torch.float64)[:, None]                 # corners of triangles
-        edge = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * step))       # (n_mels + 2, 1) Hz
-        left, centre, right = edge[:-2], edge[1:-1], edge[2:]                                  # (n_mels, 1) each
-        bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)         # (n_fft/2 + 1,) Hz
-        rising = (bins - left) / (centre - left)                                               # (n_mels, n_fft/2 + 1)
+        top = 15 + math.log(nyquist / 1000) / step
+        mel = torch.linspace(0, top, N_MELS + 2, dtype=torch.float64)[:, None]                 # corners of triangles
+        edge = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * step))       # (130, 1) Hz
+        left, centre, right = edge[:-2], edge[1:-1], edge[2:]                                  # (128, 1) each
+        bins = torch.linspace(0, nyquist, N_FFT // 2 + 1, dtype=torch.float64)                 # (513,) Hz
+        rising = (bins - left) / (centre - left)                                               # (128, 513)
         falling = (right - bins) / (right - centre)
         filters = torch.minimum(rising, falling).clamp(min=0) * (2 / (right - left))
-        if (filters.sum(dim=1) == 0).any():
-            raise ValueError(f"n_mels={n_mels} is too many for n_fft={n_fft}: a filter holds no FFT bin")
-        self.register_buffer("filters", filters.float(), persistent=False)  # (n_mels, n_fft/2 + 1)
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        self.register_buffer("filters", filters.float(), persistent=False)                     # (128, 513)
+        self.register_buffer("window", torch.hann_window(N_FFT), persistent=False)
 
     def forward(self, wave):
-        spectrum = torch.stft(wave, self.n_fft, self.hop, window=self.window, pad_mode="constant",
-                              return_complex=True)                         # (batch, n_fft/2 + 1, frames)
-        return self.filters @ (spectrum.real ** 2 + spectrum.imag ** 2)    # (batch, n_mels, frames)
+        spectrum = torch.stft(wave, N_FFT, HOP, window=self.window, pad_mode="constant",
+                              return_complex=True)                         # (batch, 513, frames)
+        return self.filters @ (spectrum.real ** 2 + spectrum.imag ** 2)    # (batch, 128, frames)
 
 
 def log_compress(x, reference=1.0, power=False):

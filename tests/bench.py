@@ -45,7 +45,7 @@ def seconds(function, repeats=3):
 def dense_cqt(wave):
     """The same CQT with one kernel at the longest window: every frame times (96, 8193-point spectrum)."""
     frequency = data.FMIN * 2 ** (torch.arange(data.N_BINS, dtype=torch.float64) / 12)
-    kernel = data.cqt_kernel(frequency, data.BINS_PER_OCTAVE, data.SAMPLE_RATE)
+    kernel = data.cqt_kernel(frequency)
     window = torch.ones(2 * (kernel.shape[1] - 1))
 
     def transform():
