@@ -19,7 +19,7 @@ map, the frame store:
 
     data/NAME/frames.bin    uint8 (frames, 224): columns 0..95 the CQT (one a semitone), 96..223 the mel bands
     data/NAME/index.jsonl   one line a track, in sorted order: path and number of frames, or why it was skipped
-    data/NAME/store.json    settings and their checksum; the totals are added last and mean "complete"
+    data/NAME/store.json    settings and a checksum of the list of files; `tracks` is added last and means "complete"
 
 That is 224 x 31.25 bytes a second, 25.2 MB an hour. Training cuts 4 s segments out of the map and transposes them by
 choosing where an 84-bin crop of the 96 CQT bins starts. In this order: audio, front ends, store, labels, views, songs.
@@ -32,11 +32,10 @@ import math
 import os
 import re
 import sys
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -375,8 +374,8 @@ def read_json(path):
 def read_index(folder):
     """Entries of index.jsonl, without a last line that a kill cut short; none when the file is missing or damaged."""
     try:
-        whole, _, _ = (folder / "index.jsonl").read_text().rpartition("\n")
-        return json.loads("[" + whole.replace("\n", ",") + "]")  # a million lines at once: one second
+        lines = (folder / "index.jsonl").read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
     except (OSError, ValueError):
         return []
 
@@ -385,13 +384,6 @@ def front_end_settings():
     """What the frames of a store depend on beside the music."""
     return dict(format=3, sample_rate=SAMPLE_RATE, hop=HOP, fmin=FMIN, n_bins=N_BINS, bins_per_octave=BINS_PER_OCTAVE,
                 n_fft=N_FFT, n_mels=N_MELS, dynamic_range=DYNAMIC_RANGE, mel_reference=MEL_REFERENCE)
-
-
-def settings_of(sources):
-    """Everything that decides the bytes of a store, with a checksum. sources: what they are made from, plain types."""
-    digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()
-    settings = dict(front_end_settings(), listing=digest(sources))
-    return dict(settings, checksum=digest(settings)[:16])
 
 
 def walk(folder):
@@ -411,21 +403,17 @@ def walk(folder):
 def find_audio(folders):
     """Audio files below `folders`, sorted: [(name, path)], name = the folder's own name / the path inside it.
 
-    A folder given twice counts once; the second of two folders with one name is called NAME-2.
-    Raises InputError if a folder is missing or no file in it has an audio suffix.
+    Raises InputError if a folder is missing, two files have one name or no file has an audio suffix.
     """
-    found, names = {}, set()
-    for folder in dict.fromkeys(Path(f).resolve() for f in folders):
+    found = {}
+    for folder in [Path(f).resolve() for f in folders]:
         if not folder.is_dir():
             raise InputError(f"{folder}: {'is a file; give a folder' if folder.exists() else 'no such file or folder'}")
-        name, copy = folder.name, 1
-        while name in names:
-            copy += 1
-            name = f"{folder.name}-{copy}"
-        names.add(name)
         for path in walk(folder):
             if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
-                found[str(Path(name) / path.relative_to(folder))] = path
+                other = found.setdefault(str(path.relative_to(folder.parent)), path)
+                if other != path:
+                    raise InputError(f"{path} and {other} have one name below their folders; rename one of the folders")
     if not found:
         raise InputError(f"{', '.join(map(str, folders))}: no audio file ({' '.join(sorted(AUDIO_SUFFIXES))}) "
                          "in there; give another folder")
@@ -461,27 +449,23 @@ def transform(sources):
 
     # Threads, not processes: decoding and the transforms release Python's lock, and each uses one core.
     with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
-        # A few at a time, so that a long file at the head does not pile up the frames of all behind it.
-        jobs = (pool.submit(work, source) for source in sources)
-        running = deque(islice(jobs, 2 * workers))
-        while running:
-            finished = running.popleft().result()
-            running.extend(islice(jobs, 1))
-            yield finished
+        # Some at a time: the frames of all would pile up behind a long file, and Ctrl-C waits for those begun.
+        for first in range(0, len(sources), 32 * workers):
+            yield from pool.map(work, sources[first:first + 32 * workers])
     torch.set_num_threads(threads)
 
 
-def prepare(sources, out, settings, label):
+def prepare(sources, out, identity, label):
     """Transform `sources` [(name, function that returns audio)] into the store `out` on all cores.
 
     The order of `sources` is the order in the store, whatever finishes first. A complete store with the same settings
-    is opened as it is; an incomplete one is cut to whole tracks and completed; other settings start anew. Sources that
-    raise InputError are skipped and listed. Raises InputError when nothing could be read, or another process is
-    preparing the same store.
+    and `identity` (what the sources are made from, plain types) is opened as it is; an incomplete one is cut to whole
+    tracks and completed; another one starts anew. Sources that raise InputError are skipped and listed. Raises
+    InputError when nothing could be read, or another process is preparing the same store.
     """
-    out = Path(out)
-    info = read_json(out / "store.json")
-    same = info.get("checksum") == settings["checksum"]
+    out, listing = Path(out), hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    settings, info = front_end_settings() | dict(listing=listing), read_json(out / "store.json")
+    same = info.items() >= settings.items()
     if same and "tracks" in info:
         return FrameStore(out)
     with locked(out):
@@ -489,8 +473,8 @@ def prepare(sources, out, settings, label):
             for name in ("store.json", "index.jsonl", "frames.bin"):
                 (out / name).unlink(missing_ok=True)
             write_atomic(out / "store.json", json.dumps(settings).encode())
-        entries = read_index(out)
         with open(out / "frames.bin", "ab") as frames_file, open(out / "index.jsonl", "ab") as index_file:
+            entries = read_index(out)
             ends = np.cumsum([0] + [e.get("frames", 0) for e in entries]) * COLUMNS            # bytes before each entry
             # A power cut can lose frames that the index names.
             done = entries[:np.searchsorted(ends[1:], frames_file.tell(), side="right")]
@@ -505,17 +489,17 @@ def prepare(sources, out, settings, label):
                 done.append(entry)
             os.fsync(frames_file.fileno())
             os.fsync(index_file.fileno())
-        skipped = [e["error"] for e in done if "error" in e]
-        for error in skipped:
-            print(f"skipped {error}")
-        hours = sum(e.get("frames", 0) for e in done) * FRAME_SECONDS / 3600
-        tracks = len(done) - len(skipped)
+        for entry in done:
+            if "error" in entry:
+                print(f"skipped {entry['error']}")
+        tracks = sum("frames" in entry for entry in done)
         if not tracks:
             raise InputError(f"none of {len(done)} files could be read as audio; see the lines above")
-        info = dict(settings, tracks=tracks, skipped=len(skipped), hours=hours)
-        write_atomic(out / "store.json", json.dumps(info).encode())
-    print(f"{out}: {tracks} tracks, {hours:.2f} h, {len(skipped)} skipped")
-    return FrameStore(out)
+        write_atomic(out / "store.json", json.dumps(settings | dict(tracks=tracks)).encode())
+    store = FrameStore(out)
+    hours = len(store.frames) * FRAME_SECONDS / 3600
+    print(f"{out}: {tracks} tracks, {hours:.2f} h, {len(store.skipped)} skipped")
+    return store
 
 
 def prepare_files(files, out):
@@ -524,7 +508,7 @@ def prepare_files(files, out):
     Names and sizes are its identity: a file that changes its size or goes makes the next run start anew.
     """
     sizes = [(name, path.stat().st_size if path.exists() else -1) for name, path in files]
-    return prepare([(name, partial(read_audio, path)) for name, path in files], out, settings_of(sizes), "preparing")
+    return prepare([(name, partial(read_audio, path)) for name, path in files], out, sizes, "preparing")
 
 
 def prepare_folders(folders, out=None):
@@ -981,7 +965,7 @@ def prepare_synth(songs=SYNTH_SPLITS["test"].stop, out="data/synth", seed=0):
     """Frame store of synthetic songs 0 .. songs - 1, through the same path as files. Made once, then cached."""
     sources = [(f"synth/{i:05d}", lambda i=i: torch.from_numpy(render(compose(i, seed)))) for i in range(songs)]
     rules = Path(__file__).read_text().partition("- synthetic songs\n")[2]  # other rules make other songs
-    return prepare(sources, out, settings_of([seed, rules, songs]), "making synthetic songs")
+    return prepare(sources, out, [seed, rules, songs], "making synthetic songs")
 
 
 def main():

@@ -131,7 +131,7 @@ def preparation():
 def describe(folder, paths, frames):
     lines = [json.dumps(dict(path=str(path), frames=frames)) + "\n" for path in paths]
     (folder / "index.jsonl").write_text("".join(lines))
-    (folder / "store.json").write_text(json.dumps(dict(data.settings_of([]), tracks=len(paths))))
+    (folder / "store.json").write_text(json.dumps(dict(data.front_end_settings(), tracks=len(paths))))
 
 
 def scale():
@@ -159,8 +159,8 @@ def scale():
     with tempfile.TemporaryDirectory() as folder, mock.patch("data.audio_to_frames", empty):
         for files in (10_000, 100_000):
             sources = [(f"music/{i:06d}.flac", list) for i in range(files)]
-            settings, start = data.settings_of([name for name, _ in sources]), time.perf_counter()
-            quietly(data.prepare, sources, f"{folder}/{files}", settings, "")
+            start = time.perf_counter()
+            quietly(data.prepare, sources, f"{folder}/{files}", [name for name, _ in sources], "")
             print(f"  preparing {files:6} empty files: {(time.perf_counter() - start) / files * 1e6:.0f} us a file")
     with tempfile.TemporaryDirectory() as folder:
         block = np.tile(data.render(data.compose(0)), 5)[:120 * data.SAMPLE_RATE]
