@@ -35,6 +35,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from glob import glob
 from itertools import chain
 from pathlib import Path
 
@@ -387,17 +388,9 @@ def front_end_settings():
 
 
 def walk(folder):
-    """All files below a folder, sorted, linked folders included (each real folder once); hidden ones are left out."""
-    found, visited = [], set()
-    for here, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(here, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+    """All files below a folder, sorted, links followed; hidden ones are left out."""
+    paths = [Path(folder, name) for name in glob("**", root_dir=folder, recursive=True)]
+    return sorted(path for path in paths if path.is_file())
 
 
 def find_audio(folders):
@@ -410,7 +403,7 @@ def find_audio(folders):
         if not folder.is_dir():
             raise InputError(f"{folder}: {'is a file; give a folder' if folder.exists() else 'no such file or folder'}")
         for path in walk(folder):
-            if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
+            if path.suffix.lower() in AUDIO_SUFFIXES:
                 other = found.setdefault(str(path.relative_to(folder.parent)), path)
                 if other != path:
                     raise InputError(f"{path} and {other} have one name below their folders; rename one of the folders")
