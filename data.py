@@ -456,8 +456,10 @@ def prepare(sources, out, identity, label):
     tracks and completed; another one starts anew. Sources that raise InputError are skipped and listed. Raises
     InputError when nothing could be read, or another process is preparing the same store.
     """
-    out, listing = Path(out), hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    settings, info = front_end_settings() | dict(listing=listing), read_json(out / "store.json")
+    out = Path(out)
+    listing = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    settings = front_end_settings() | dict(listing=listing)
+    info = read_json(out / "store.json")
     same = info.items() >= settings.items()
     if same and "tracks" in info:
         return FrameStore(out)
@@ -628,38 +630,30 @@ class Segments:
     0 and 1 with view 2, which draws its own crop for each item. Each view keeps its own random frames.
     keys {path in a store: 0..23}: labels for the tasks that use some (`tone`). mix: shares in which the stores are
     drawn from; without it every piece is equally likely.
-    Raises InputError when the stores hold no track of 4 s, or fewer pieces than the batch, or when mix does not fit.
+    Raises InputError when the stores hold fewer pieces than the batch, or when mix does not fit.
     """
 
     def __init__(self, stores, batch_size, keys=None, mix=None):
         self.stores, self.batch_size, self.mix = stores, batch_size, mix
         self.frames, self.device = None, torch.device("cpu")                          # on a device after to()
         self.offsets = np.cumsum([0] + [len(store.frames) for store in stores])       # of each store's frames in `rows`
-        self.numbers, pieces = [], []                                                 # numbers: a store's pieces
-        track, short, keys = 0, 0, keys or {}
-        for store, offset in zip(stores, self.offsets):
-            first = len(pieces)
-            for path, start, length in zip(store.paths, store.starts, store.lengths):
+        pieces, track, short, keys = [], 0, 0, keys or {}
+        for number, store in enumerate(stores):
+            for path, start, length in zip(store.paths, store.starts + self.offsets[number], store.lengths):
                 count = max(1, length // PIECE) if length >= SEGMENT else 0
                 for i in range(count):
                     size = length // count
-                    pieces.append((offset + start + i * size, size, track, keys.get(path, -1)))
+                    pieces.append((start + i * size, size, track, keys.get(path, -1), number))
                 short += count == 0
                 track += 1
-            self.numbers.append(np.arange(first, len(pieces)))
-        self.pieces, total = np.array(pieces), len(pieces)                            # (pieces, 4)
-        if total == 0:
-            raise InputError("every track is shorter than one 4 s segment; give longer recordings")
-        if total < batch_size:
-            raise InputError(f"a batch of {batch_size} needs as many pieces of 30 s, the data has {total}; "
-                             f"use --batch-size {total} or less, or add music")
+        if len(pieces) < batch_size:
+            raise InputError(f"a batch of {batch_size} needs as many pieces of 30 s, the data has {len(pieces)} "
+                             f"({short} tracks are shorter than 4 s); use a smaller --batch-size or add music")
         if mix and (len(mix) != len(stores) or not all(0 < share < np.inf for share in mix)):
             raise InputError(f"--mix: give one share above 0 for each of the {len(stores)} sources of --data")
-        self.summary = f"{total} pieces of about 30 s, {self.pieces[:, 1].sum() * FRAME_SECONDS / 3600:.2f} h"
-        if short:
-            self.summary += f"; {short} tracks shorter than one 4 s segment left out"
-        if mix:
-            self.summary += "; drawn " + " : ".join(f"{share / sum(mix):.0%}" for share in mix)
+        self.pieces = np.array(pieces)                                                # (pieces, 5)
+        hours = self.pieces[:, 1].sum() * FRAME_SECONDS / 3600
+        self.summary = f"{len(pieces)} pieces of about 30 s, {hours:.2f} h; {short} tracks shorter than 4 s left out"
 
     def to(self, device):
         """Keep the frames of all stores on a device: gather() then takes rows that are there. Returns self."""
@@ -672,12 +666,13 @@ class Segments:
         if not self.mix:
             return rng.choice(len(self.pieces), self.batch_size, replace=False)
         counts = rng.multinomial(self.batch_size, np.array(self.mix) / sum(self.mix))
-        sizes = np.array([len(numbers) for numbers in self.numbers])
+        of_store = [np.flatnonzero(self.pieces[:, 4] == number) for number in range(len(self.stores))]
+        sizes = np.array([len(pieces) for pieces in of_store])
         while (counts > sizes).any():  # small stores are exhausted; the others fill the batch
             counts = np.minimum(counts, sizes)
             room = (counts < sizes) * np.array(self.mix)
             counts += rng.multinomial(self.batch_size - counts.sum(), room / room.sum())
-        drawn = [rng.choice(numbers, count, replace=False) for numbers, count in zip(self.numbers, counts)]
+        drawn = [rng.choice(pieces, count, replace=False) for pieces, count in zip(of_store, counts)]
         return rng.permutation(np.concatenate(drawn))
 
     def draw(self, seed, step, views=3, mask=0.0, share=slice(None)):
@@ -689,7 +684,7 @@ class Segments:
         each of several processes draws the same batch and reads its part.
         """
         rng, size = np.random.default_rng([seed, step]), self.batch_size
-        begin, length, track, key = self.pieces[self.draw_pieces(rng)].T              # (batch,) each
+        begin, length, track, key, _ = self.pieces[self.draw_pieces(rng)].T           # (batch,) each
         room = length - 2 * SEGMENT
         apart = np.sort(rng.integers(0, np.maximum(room, 0) + 1, (2, size)), axis=0)  # (2, batch)
         apart[1] += SEGMENT
