@@ -728,6 +728,7 @@ MODES = {"major": ((6, -1, "2"), (3, 1, "3")),  # mixolydian, lydian
 EDGES = {"major": ("13", "24"), "minor": ("35", "46")}
 TIMBRES = ("strings", "clarinet", "organ", "flute", "brass", "pluck", "mallet", "epiano")
 SONG_SECONDS = 24
+SONGS_VERSION = 1  # one more when the songs change, so that data/synth is made anew
 # Song numbers of each part of the default set. The labels of train are used by probes only.
 SYNTH_SPLITS = {"train": range(0, 1024), "valid": range(1024, 1152), "test": range(1152, 1408)}
 
@@ -787,14 +788,13 @@ def patterns(chord, bass, triad, beats):
 
 def melody_line(rng, place, pitch_of, chord, dense, beats):
     """A random walk on the scale from degree `place`, on chord notes every two beats: (notes, last degree)."""
-    in_chord = lambda degree: any((pitch_of(degree) - pitch) % 12 == 0 for pitch in chord)
-    notes = []
+    notes, classes = [], {pitch % 12 for pitch in chord}
     for eighth in range(2 * beats):
         if rng.random() > dense:
             continue
         place = int(np.clip(place + rng.integers(-2, 3), 4, 18))
-        if eighth % 4 == 0 and not in_chord(place):
-            place += 1 if in_chord(place + 1) else -1
+        if eighth % 4 == 0 and pitch_of(place) % 12 not in classes:
+            place += 1 if pitch_of(place + 1) % 12 in classes else -1
         notes.append((eighth / 2, rng.choice([0.5, 0.5, 1.0]), pitch_of(place), rng.uniform(0.8, 1.1)))
     return notes, place
 
@@ -834,15 +834,15 @@ def play(rng, song):
     return dict(notes=notes, drums=drums, chords=chords, beats=[b * beat for b in range(span * song["spans"])])
 
 
-def compose(index, seed=0):
-    """The score and the labels of one synthetic song, a pure function of (seed, index).
+def compose(index):
+    """The score and the labels of one synthetic song, a pure function of its number.
 
     Keys: tonic 0..11, mode, key (0..23), signature (tonic of the major key with the same notes), instrument (index into
     TIMBRES of the melody), tempo (beats per minute), chords [(start, end, class)] in seconds, class = root + 12 * minor
     or 24 for none, beats [s], notes [(start, duration, MIDI pitch, velocity, part)], drums [(time, kind)]; and what
     render needs beside the score: levels, tuning, equaliser, room, distortion, noise.
     """
-    rng = np.random.default_rng([seed, index])
+    rng = np.random.default_rng([0, index])
     song = arrangement(rng)
     return song | play(rng, song) | dict(
         colour=rng.uniform(0.7, 1.4, 5), levels=[1.5, *rng.uniform(0.3, 0.6, 4)], drum_level=0.2 * 15 ** rng.random(),
@@ -949,11 +949,10 @@ def render(song):
     return (mix / max(1, np.abs(mix).max())).astype(np.float32)
 
 
-def prepare_synth(songs=SYNTH_SPLITS["test"].stop, out="data/synth", seed=0):
+def prepare_synth(songs=SYNTH_SPLITS["test"].stop, out="data/synth"):
     """Frame store of synthetic songs 0 .. songs - 1, through the same path as files. Made once, then cached."""
-    sources = [(f"synth/{i:05d}", lambda i=i: torch.from_numpy(render(compose(i, seed)))) for i in range(songs)]
-    rules = Path(__file__).read_text().partition("- synthetic songs\n")[2]  # other rules make other songs
-    return prepare(sources, out, [seed, rules, songs], "making synthetic songs")
+    sources = [(f"synth/{i:05d}", lambda i=i: torch.from_numpy(render(compose(i)))) for i in range(songs)]
+    return prepare(sources, out, [SONGS_VERSION, songs], "making synthetic songs")
 
 
 def main():
