@@ -77,11 +77,8 @@ def run_cli(main):
     sys.stderr.reconfigure(errors="replace")
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: a full disk, a folder without permission
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a full disk, a folder without permission
-        print(f"error: {error}; make room or choose another folder, what was finished is kept", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
