@@ -626,12 +626,12 @@ class Segments:
     whole batch shares it, or NT-Xent would find its partners by the crop, read off mel against CQT. CPSD compares views
     0 and 1 with view 2, which draws its own crop for each item. Each view keeps its own random frames.
     keys {path in a store: 0..23}: labels for the tasks that use some (`tone`). mix: shares in which the stores are
-    drawn from; without it every piece is equally likely.
+    drawn from (a store with too few pieces gives all it has); without it every piece is equally likely.
     Raises InputError when the stores hold fewer pieces than the batch, or when mix does not fit.
     """
 
     def __init__(self, stores, batch_size, keys=None, mix=None):
-        self.stores, self.batch_size, self.mix = stores, batch_size, mix
+        self.stores, self.batch_size = stores, batch_size
         self.frames, self.device = None, torch.device("cpu")                          # on a device after to()
         self.offsets = np.cumsum([0] + [len(store.frames) for store in stores])       # of each store's frames in `rows`
         pieces, track, short, keys = [], 0, 0, keys or {}
@@ -649,6 +649,11 @@ class Segments:
         if mix and (len(mix) != len(stores) or not all(0 < share < np.inf for share in mix)):
             raise InputError(f"--mix: give one share above 0 for each of the {len(stores)} sources of --data")
         self.pieces = np.array(pieces)                                                # (pieces, 5)
+        self.probability = None
+        if mix:
+            in_store = self.pieces[:, 4]
+            weight = np.array(mix)[in_store] / np.bincount(in_store)[in_store]
+            self.probability = weight / weight.sum()                                  # (pieces,)
         hours = self.pieces[:, 1].sum() * FRAME_SECONDS / 3600
         self.summary = f"{len(pieces)} pieces of about 30 s, {hours:.2f} h; {short} tracks shorter than 4 s left out"
 
@@ -657,20 +662,6 @@ class Segments:
         self.frames = torch.from_numpy(np.concatenate([store.frames for store in self.stores])).to(device)
         self.device = self.frames.device
         return self
-
-    def draw_pieces(self, rng):
-        """Numbers of the pieces of a batch, none twice: (batch,). With --mix the store first, then a piece of it."""
-        if not self.mix:
-            return rng.choice(len(self.pieces), self.batch_size, replace=False)
-        counts = rng.multinomial(self.batch_size, np.array(self.mix) / sum(self.mix))
-        of_store = [np.flatnonzero(self.pieces[:, 4] == number) for number in range(len(self.stores))]
-        sizes = np.array([len(pieces) for pieces in of_store])
-        while (counts > sizes).any():  # small stores are exhausted; the others fill the batch
-            counts = np.minimum(counts, sizes)
-            room = (counts < sizes) * np.array(self.mix)
-            counts += rng.multinomial(self.batch_size - counts.sum(), room / room.sum())
-        drawn = [rng.choice(pieces, count, replace=False) for pieces, count in zip(of_store, counts)]
-        return rng.permutation(np.concatenate(drawn))
 
     def draw(self, seed, step, views=3, mask=0.0, share=slice(None)):
         """A batch without its frames, a dictionary of int64 tensors; gather() gives the frames of `rows`.
@@ -681,7 +672,8 @@ class Segments:
         each of several processes draws the same batch and reads its part.
         """
         rng, size = np.random.default_rng([seed, step]), self.batch_size
-        begin, length, track, key, _ = self.pieces[self.draw_pieces(rng)].T           # (batch,) each
+        chosen = rng.choice(len(self.pieces), size, replace=False, p=self.probability)
+        begin, length, track, key, _ = self.pieces[chosen].T                          # (batch,) each
         room = length - 2 * SEGMENT
         apart = np.sort(rng.integers(0, np.maximum(room, 0) + 1, (2, size)), axis=0)  # (2, batch)
         apart[1] += SEGMENT

@@ -193,6 +193,8 @@ def test_mix_says_how_often_each_store_is_drawn_from(tmp_path):
     stores = [make_store(tmp_path / "a", [400] * 90, 0), make_store(tmp_path / "b", [400] * 30, 1)]
     share = lambda mix: np.mean([decode(batch_of(Segments(stores, 4, mix=mix), 0, step, 2)[0])[0].float().mean() for step in range(100)])
     assert share(None) == pytest.approx(0.25, abs=0.06) and share([1, 3]) == pytest.approx(0.75, abs=0.06)
+    full = Segments(stores, 60, mix=[1, 3]).draw(0, 0)["tracks"].tolist()  # asks 45 of the 30 pieces of b
+    assert len(set(full)) == 60 and 24 <= sum(track >= 90 for track in full) <= 30
     for mix in ([1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")]):
         with pytest.raises(InputError, match="--mix"):
             Segments(stores, 4, mix=mix)
