@@ -81,11 +81,13 @@ class MT2(nn.Module):
     """ViT with one class token per pretext task.
 
     tokens: names out of losses.PRETEXT; dim, depth, heads: the trunk, 192, 12, 3 in the paper (5.4 M parameters);
-    frames: longest input, 32 ms each; patch: "1", one frame of both spectrograms a token (ViT-1D), or "16x16,128x2",
-    patches of the mel (Myna); pool: "token", or "mean" of the sequence (Myna). Raises ValueError for misfits.
+    frames: longest input, 32 ms each; patch: "1", a frame a token (ViT-1D), or "16x16,128x2", patches of the mel
+    (Myna); pool: "token", or "mean" of the sequence (Myna); inputs: the spectrograms of a frame, "cqt,mel" (MT2), "mel"
+    (ViT-1D) or "cqt" (STONE). Raises ValueError for misfits.
     """
 
-    def __init__(self, tokens=("cpsd", "ntxent"), dim=192, depth=12, heads=3, frames=SEGMENT, patch="1", pool="token"):
+    def __init__(self, tokens=("cpsd", "ntxent"), dim=192, depth=12, heads=3, frames=SEGMENT, patch="1", pool="token",
+                 inputs="cqt,mel"):
         super().__init__()
         tokens = tuple(tokens)
         if not tokens or len(set(tokens)) < len(tokens) or set(tokens) - set(PRETEXT):
@@ -94,15 +96,19 @@ class MT2(nn.Module):
             raise ValueError(f"dim={dim} is not a multiple of heads={heads}")
         if pool not in ("token", "mean"):
             raise ValueError(f"pool={pool!r}: give token or mean")
+        if inputs not in ("cqt,mel", "mel", "cqt") or (inputs == "cqt" and patch != "1"):
+            raise ValueError(f"inputs {inputs!r}: give cqt,mel, mel or, with patch 1, cqt")
         self.config = dict(tokens=list(tokens), dim=dim, depth=depth, heads=heads)
-        self.config |= dict(frames=frames, patch=patch, pool=pool)
+        self.config |= dict(frames=frames, patch=patch, pool=pool, inputs=inputs)
         self.tokens, self.frames, self.pool, self.patches = tokens, frames, pool, parse_patch(patch)
+        self.inputs = inputs.split(",") if patch == "1" else ["mel"]
         self.class_token_count = len(tokens) if pool == "token" else 0
         if pool == "token":
             self.class_tokens = nn.Parameter(torch.empty(len(tokens), dim))
         if self.patches == [None]:
             tokeniser = lambda bins: nn.Sequential(nn.LayerNorm(bins), nn.Linear(bins, dim), nn.GELU())
-            self.tokenisers = nn.ModuleDict({"cqt": tokeniser(CROP_BINS), "mel": tokeniser(N_MELS)})
+            sizes = {"cqt": CROP_BINS, "mel": N_MELS}
+            self.tokenisers = nn.ModuleDict({name: tokeniser(sizes[name]) for name in self.inputs})
             # Learned positions for frames only: the position of a class token would be part of its vector.
             self.positions = nn.Parameter(torch.empty(frames, dim))
         else:  # Myna: linear patches, fixed two-dimensional positions
@@ -111,8 +117,9 @@ class MT2(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.tasks = nn.ModuleDict({name: PRETEXT[name](dim) for name in tokens})
-        if self.patches != [None] and any(task.branch == "cqt" for task in self.tasks.values()):
-            raise ValueError(f"tokens {','.join(tokens)}: key tasks need transposed frames of the CQT; use patch 1")
+        if "cqt" not in self.inputs and any(task.branch == "cqt" for task in self.tasks.values()):
+            raise ValueError(f"tokens {','.join(tokens)}: key tasks need transposed frames of the CQT; use patch 1 and "
+                             "inputs with cqt")
         self.initialise()
 
     def initialise(self):
@@ -127,7 +134,7 @@ class MT2(nn.Module):
         for block in self.blocks:  # each block starts as the identity
             nn.init.zeros_(block.out.weight)
             nn.init.zeros_(block.mlp[-1].weight)
-        if self.patches == [None]:
+        if "cqt" in self.tokenisers:
             circulant_(self.tokenisers["cqt"][1].weight)
         for task in self.tasks.values():
             task.reset()
@@ -136,9 +143,11 @@ class MT2(nn.Module):
         """Frame tokens (batch, n, dim), and the initial values of the class tokens (batch, tokens, dim)."""
         if positions is None:
             positions = torch.arange(mel.shape[1], device=mel.device)
-        branch = {"cqt": self.tokenisers["cqt"](cqt), "mel": self.tokenisers["mel"](mel)}      # (batch, n, dim) each
-        means = [branch[task.branch].mean(dim=1) for task in self.tasks.values()]              # (batch, dim) each
-        return branch["cqt"] + branch["mel"] + F.embedding(positions, self.positions), torch.stack(means, dim=1)
+        spectrograms = {"cqt": cqt, "mel": mel}
+        branch = {name: self.tokenisers[name](spectrograms[name]) for name in self.inputs}     # (batch, n, dim) each
+        other = branch[self.inputs[0]]  # for a task whose own spectrogram is not an input
+        means = [branch.get(task.branch, other).mean(dim=1) for task in self.tasks.values()]   # (batch, dim) each
+        return sum(branch.values()) + F.embedding(positions, self.positions), torch.stack(means, dim=1)
 
     def embed_patches(self, patches, positions, size):
         """Patch tokens (batch, n, dim), and the initial values of the class tokens (batch, tokens, dim)."""
@@ -153,7 +162,8 @@ class MT2(nn.Module):
     def forward(self, cqt, mel, positions=None, layers=(), patch_index=0):
         """Frames to class tokens.
 
-        cqt (batch, frames, 84) and mel (batch, frames, 128), log-compressed to [0, 1]; cqt may be None with patches.
+        cqt (batch, frames, 84) and mel (batch, frames, 128), log-compressed to [0, 1]; cqt may be None where it
+        is no input.
         Masked tokens are dropped, not replaced (as in MAE): with positions (batch, kept) int64 only the frames at these
         positions of the segment are given, (batch, kept, 84 and 128), or as mel only those of its patches, (batch,
         kept, width * bands), see cut_patches. patch_index: which of several sizes.
@@ -165,7 +175,7 @@ class MT2(nn.Module):
         whole = size is None or positions is None  # frames, not patches
         fits = columns == (N_MELS if whole else size[0] * size[1])
         fits &= positions is None or positions.shape == (batch, n)
-        fits &= size is not None or cqt.shape == (batch, n, CROP_BINS)
+        fits &= "cqt" not in self.inputs or cqt.shape == (batch, n, CROP_BINS)
         if not fits:
             raise ValueError(f"mel {tuple(mel.shape)} does not fit, or cqt and positions do not: see MT2.forward")
         if whole and n > self.frames:

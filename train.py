@@ -42,8 +42,10 @@ from losses import PRETEXT, effective_rank
 from model import MT2, cut_patches, pick_amp, read_checkpoint
 
 # Named models and recipes. A flag given by hand wins over its preset.
-VIT1D = dict(dim=192, depth=12, heads=3, batch_size=128, steps=511_488, lr=1e-3, patch="1", pool="token")
-MYNA = dict(tokens="ntxent", dim=384, depth=12, heads=6, batch_size=4096, steps=100_341, lr=3e-4, mask=0.9, pool="mean")
+VIT1D = dict(dim=192, depth=12, heads=3, batch_size=128, steps=511_488, lr=1e-3, patch="1", pool="token",
+             inputs="cqt,mel")
+MYNA = dict(tokens="ntxent", dim=384, depth=12, heads=6, batch_size=4096, steps=100_341, lr=3e-4, mask=0.9, pool="mean",
+            inputs="mel")
 PRESETS = {
     # For a CPU: a third of the layers, two thirds of the width; steps for six minutes on two cores (our choice).
     "small": dict(VIT1D, tokens="cpsd,ntxent", dim=128, depth=4, heads=2, steps=1000, mask=0.75),
@@ -51,12 +53,12 @@ PRESETS = {
     "mt2": dict(VIT1D, tokens="cpsd,ntxent", mask=0.5),
     # The same for a first try on one GPU: a length of some minutes there (our choice, not measured).
     "demo": dict(VIT1D, tokens="cpsd,ntxent", steps=6000, mask=0.5),
-    # "Emergent": the same trunk with NT-Xent alone; no masking described.
-    "vit1d": dict(VIT1D, tokens="ntxent", mask=0.0),
-    # STONE's loss, batch, rate and length (50 epochs of 512 steps) on our trunk; its own is a convolutional network.
-    "stone": dict(VIT1D, tokens="cpsd", steps=25_600, mask=0.0),
+    # "Emergent": the same trunk with NT-Xent alone on the mel; no masking described.
+    "vit1d": dict(VIT1D, tokens="ntxent", mask=0.0, inputs="mel"),
+    # STONE's loss, CQT, batch, rate and length (50 epochs of 512 steps) on our trunk; its own is convolutional.
+    "stone": dict(VIT1D, tokens="cpsd", steps=25_600, mask=0.0, inputs="cqt"),
     # S-KEY's: 50 epochs of 60,000 songs in batches of 128.
-    "skey": dict(VIT1D, tokens="skey", steps=23_438, mask=0.0),
+    "skey": dict(VIT1D, tokens="skey", steps=23_438, mask=0.0, inputs="cqt"),
     # Myna (paper: 384 x 12 x 6, no class token, 90 % masked, batch 4096, 500 epochs of 822,000 clips, rate 3e-4). Our
     # segments of 4 s make 56 and 63 patches where its 3 s make 48; its Adam with decay 1e-5 is our AdamW.
     "myna-base": dict(MYNA, patch="16x16"),
@@ -72,7 +74,7 @@ TEACHER_MOMENTUM = 0.996         # rises to 1 by a cosine (BYOL)
 SAVE_SECONDS = 30.0              # between checkpoints, at least, unless --save-every is given (our choice)
 # What a checkpoint fixes: --resume takes these from it.
 SETTINGS = ("tokens", "data", "mix", "pseudo_label", "labels_csv", "preset", "steps", "batch_size", "mask", "patch",
-            "pool", "lr", "weights", "seed")
+            "pool", "inputs", "lr", "weights", "seed")
 
 
 # ---------------------------------------------------------------- one step
@@ -357,6 +359,7 @@ def parse_args(argv=None):
     add("--mask", type=float, help="share of frames or patches dropped before the trunk, 0..1")
     add("--patch", help="1: a token is a frame; 16x16, 128x2 or both: a patch of the mel, bands x frames (Myna)")
     add("--pool", choices=("token", "mean"), help="class tokens, or the mean of the sequence (Myna)")
+    add("--inputs", choices=("cqt,mel", "mel", "cqt"), help="spectrograms of the trunk; patches are of the mel alone")
     add("--lr", type=float, help="peak learning rate")
     add = parser.add_argument_group("running").add_argument
     add("--weights", type=numbers, help="weight of each token's loss in the sum, as 1,0.3; default: 1 each")
@@ -427,9 +430,10 @@ def make_model(args, device, checkpoint):
     """
     torch.manual_seed(args.seed)
     try:
-        model = MT2(args.tokens.split(","), args.dim, args.depth, args.heads, patch=args.patch, pool=args.pool)
+        model = MT2(args.tokens.split(","), args.dim, args.depth, args.heads, patch=args.patch, pool=args.pool,
+                    inputs=args.inputs)
     except ValueError as error:
-        raise InputError(f"--tokens, --patch or --pool: {error}") from None
+        raise InputError(f"--tokens, --patch, --pool or --inputs: {error}") from None
     for task in model.tasks.values():
         task.pseudo_label = args.pseudo_label  # the key tasks use it
     model.to(device).train()

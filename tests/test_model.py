@@ -39,11 +39,12 @@ def assert_same(a, b, tolerance=1e-4):
 # ---------------------------------------------------------------- sizes
 
 
-def parameter_count(tokens, dim, depth, frames=SEGMENT, patch="1", pool="token"):
+def parameter_count(tokens, dim, depth, frames=SEGMENT, patch="1", pool="token", inputs="cqt,mel"):
     """Number of parameters by formula: what each part costs, the heads of the pretext tasks counted as they are."""
     block = 12 * dim ** 2 + 13 * dim                                       # qkv, out, two-layer MLP, two norms
     sizes = parse_patch(patch)
-    tokenisers = (sum(2 * bins + bins * dim + dim for bins in (CROP_BINS, N_MELS)) + frames * dim if sizes == [None]
+    bins = [{"cqt": CROP_BINS, "mel": N_MELS}[name] for name in inputs.split(",")]
+    tokenisers = (sum(2 * n + n * dim + dim for n in bins) + frames * dim if sizes == [None]
                   else sum((bands * width + 1) * dim for bands, width in sizes))
     heads = sum(p.numel() for name in tokens for p in PRETEXT[name](dim).parameters())
     return depth * block + tokenisers + (len(tokens) * dim if pool == "token" else 0) + 2 * dim + heads
@@ -101,6 +102,27 @@ def test_each_class_token_starts_from_its_own_branch():
     plain, other_cqt, other_mel = model(cqt, mel)[0], model(cqt.flip(-1), mel)[0], model(cqt, mel.flip(-1))[0]
     assert torch.equal(plain["cpsd"], other_mel["cpsd"]) and not torch.allclose(plain["cpsd"], other_cqt["cpsd"])
     assert torch.equal(plain["ntxent"], other_cqt["ntxent"]) and not torch.allclose(plain["ntxent"], other_mel["ntxent"])
+
+
+@pytest.mark.parametrize("inputs, tokens", [("mel", ("ntxent", "byol")), ("cqt", ("ntxent", "cpsd"))])
+def test_a_spectrogram_that_is_no_input_has_no_effect(inputs, tokens):
+    """Nor parameters. Class tokens start from the one there is, and the frames are its tokens alone."""
+    model, (cqt, mel) = make(tokens, inputs=inputs), views()
+    plain, layers = model(cqt, mel, layers=[0])
+    other = (None, mel) if inputs == "mel" else (cqt, 1 - mel)
+    assert all(torch.equal(plain[name], token) for name, token in model(*other)[0].items())
+    embedded = model.tokenisers[inputs](mel if inputs == "mel" else cqt)
+    assert_same(layers[0][:, 2:], embedded + model.positions)
+    assert_same(layers[0][:, :2], embedded.mean(dim=1, keepdim=True) + model.class_tokens)
+    left_out = {"mel": 2 * CROP_BINS + CROP_BINS * 32 + 32, "cqt": 2 * N_MELS + N_MELS * 32 + 32}[inputs]
+    count = lambda network: sum(p.numel() for p in network.parameters())
+    assert count(make(tokens)) - count(model) == left_out
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    for options in (dict(inputs="mel"), dict(inputs="chroma"), dict(inputs=""), dict(inputs="cqt", patch="16x16")):
+        with pytest.raises(ValueError, match="inputs"):
+            MT2(**SMALL, **options)
 
 
 def test_with_blocks_each_class_token_depends_on_both_branches():
@@ -290,6 +312,13 @@ def test_checkpoint_round_trip(tmp_path):
     assert not loaded.training and loaded.config == model.config
     expected, result = model(*views())[0], loaded(*views())[0]
     assert all(torch.equal(expected[name], result[name]) for name in ("cpsd", "ntxent"))
+
+
+def test_a_configuration_from_before_inputs_has_both(tmp_path):
+    model = make()
+    config = {name: value for name, value in model.config.items() if name != "inputs"}
+    torch.save({"config": config, "model": model.state_dict()}, tmp_path / "checkpoint.pt")
+    assert load_checkpoint(tmp_path / "checkpoint.pt").inputs == ["cqt", "mel"]
 
 
 def test_half_precision_weights_load(tmp_path):

@@ -643,6 +643,15 @@ def test_calibration_undoes_the_rotation():
     assert probe.calibrate(net, "cpu") == (rotation + 5) % 12
 
 
+def test_a_network_of_the_cqt_alone_is_evaluated_like_any_other():
+    net, track = network(("cpsd", "ntxent"), inputs="cqt"), song(260)
+    louder = track.copy()
+    louder[:, data.N_BINS:] = 255                                           # another mel
+    rows, other = (probe.extract(net, [frames], "cpu").rows for frames in (track, louder))
+    assert {"cpsd", "ntxent", "concat", "sequence mean"} < set(rows) and all(torch.equal(rows[name], other[name]) for name in rows)
+    assert probe.key_probabilities(net, [track], "cpu").shape == (1, 12)
+
+
 def test_the_output_of_a_track_is_the_product_of_its_windows():
     net, tracks = network(), [song(260), song(30, seed=1)]
     profiles = probe.key_outputs(net, tracks, "cpu", [probe.PITCH_CROP])

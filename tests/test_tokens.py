@@ -383,9 +383,10 @@ def test_presets_have_the_size_of_their_papers(preset, millions):
     """Without the projector, which only training needs: 5.4 M (MT2), 22 M (Myna)."""
     p = train.PRESETS[preset]
     tokens = p["tokens"].split(",")
-    network = model.MT2(tokens, p["dim"], p["depth"], p["heads"], patch=p["patch"], pool=p["pool"])
+    shape = {name: p[name] for name in ("patch", "pool", "inputs")}
+    network = model.MT2(tokens, p["dim"], p["depth"], p["heads"], **shape)
     total = sum(x.numel() for x in network.parameters())
-    assert total == parameter_count(tokens, p["dim"], p["depth"], patch=p["patch"], pool=p["pool"])
+    assert total == parameter_count(tokens, p["dim"], p["depth"], **shape)
     projectors = sum(x.numel() for name, head in network.tasks.items() if head.branch == "mel" for x in head.parameters())
     assert (total - projectors) / 1e6 == pytest.approx(millions, rel=0.02)
 
@@ -397,3 +398,4 @@ def test_presets_reach_the_checkpoint(store, tmp_path, monkeypatch):  # noqa: F8
     train.main()
     settings = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["settings"]
     assert settings["preset"] == "skey" and settings["tokens"] == "skey" and settings["lr"] == 1e-3 and settings["mask"] == 0.0 and settings["patch"] == "1"
+    assert settings["inputs"] == "cqt" and model.load_checkpoint(tmp_path / "run" / "checkpoint.pt").inputs == ["cqt"]

@@ -68,9 +68,9 @@ def test_only_matrices_decay():
     assert len(decayed["params"]) + len(rest["params"]) == len(list(network.parameters()))
 
 
-@pytest.mark.parametrize("tokens", ["cpsd,ntxent", "cpsd", "ntxent"])
-def test_resume_is_bit_for_bit(tokens, store, tmp_path, monkeypatch, capsys):
-    common = ("--tokens", tokens, "--data", store, "--batch-size", 4, "--steps", 4, "--log-every", 1)
+@pytest.mark.parametrize("tokens, inputs", [("cpsd,ntxent", "cqt,mel"), ("cpsd", "cqt"), ("ntxent", "mel")])
+def test_resume_is_bit_for_bit(tokens, inputs, store, tmp_path, monkeypatch, capsys):
+    common = ("--tokens", tokens, "--inputs", inputs, "--data", store, "--batch-size", 4, "--steps", 4, "--log-every", 1)
     run(monkeypatch, *common, "--out", tmp_path / "a")
     run(monkeypatch, *common, "--out", tmp_path / "b", "--stop-at", 2)
     run(monkeypatch, "--out", tmp_path / "b", "--resume", "--log-every", 1)
@@ -239,11 +239,13 @@ def test_bad_input_is_one_line(store, tmp_path, monkeypatch, capsys):
     assert "nowhere" in fail("--data", tmp_path / "nowhere", "--out", out)
     assert "no such checkpoint" in fail("--out", out, "--resume")
     assert "--mask" in fail("--mask", "1", "--data", store, "--out", out)
+    assert "inputs with cqt" in fail("--inputs", "mel", "--data", store, "--out", out)
     assert "--log-every 0" in fail("--log-every", "0", "--data", store, "--out", out)
     assert "--save-every -1" in fail("--save-every", "-1", "--data", store, "--out", out)
     run(monkeypatch, "--data", store, "--batch-size", 4, "--steps", 2, "--out", out, "--stop-at", 1)
     assert "--resume" in fail("--data", store, "--out", out)
     assert "--lr" in fail("--out", out, "--resume", "--lr", "0.5")
+    assert "--inputs" in fail("--out", out, "--resume", "--inputs", "cqt")
     (out / "checkpoint.pt").write_bytes(b"not a checkpoint")
     assert "is not a checkpoint" in fail("--out", out, "--resume")
 
