@@ -2,6 +2,7 @@
 
     key        cpsd, cpsd1 (STONE)    skey (S-KEY)    tone (Semi-TONE: with some labels)
     style      ntxent (SimCLR)    byol    cluster (DINO)    barlow (Barlow Twins)    vicreg
+    content    mae (masked autoencoder)
 
 First the losses as plain functions, all in float32, then the tasks. `train.py --tokens a,b,c` trains any set of them.
 """
@@ -177,6 +178,19 @@ def vicreg(a, b, invariance=25.0, variance=25.0, covariance=1.0):
     return invariance * F.mse_loss(a, b) + variance * spread + covariance * shared
 
 
+@in_float32
+def masked_error(prediction, target, positions):
+    """MAE (section 3, "Reconstruction target"): mean square error of what was dropped; what was kept does not count.
+
+    prediction, target (..., n, pixels); positions (..., kept) int64, which of the n were kept. Each target is
+    normalised by its own mean and deviation (released code). About 1 for a prediction of 0.
+    """
+    variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+    error = (prediction.float() - (target - mean) / (variance + 1e-6).sqrt()).square().mean(dim=-1)   # (..., n)
+    dropped = torch.ones_like(error).scatter(-1, positions, 0.0)                               # (..., n)
+    return (error * dropped).sum() / dropped.sum()
+
+
 def effective_rank(x):
     """exp of the entropy of the singular values of centred x (items, dim): how many directions are in use, 1 .. dim.
 
@@ -239,13 +253,16 @@ class Pretext(nn.Module):
         forward(token, batch, teacher) -> (loss, {name: scalar to log})
 
     branch: the spectrogram whose mean is the initial value of the class token, "cqt" or "mel"; views: 2 segments at one
-    pitch, or 3, with segment A transposed (data.Segments); needs_teacher: the moving average of the network.
+    pitch, or 3, with segment A transposed (data.Segments); needs_teacher: the moving average of the network;
+    needs_sequence: the sequence tokens, of this rank's share of the batch only; the loss is averaged over ranks.
 
     token (views, batch, dim); batch: "shifts" (views, batch) semitones up, "keys" (batch,) 0..23 or -1, "tracks"
     (batch,), "progress" of the run, 0 to 1, and with needs_spectrogram "cqt" (2, batch, frames, 84) and "mel" (2,
-    batch, frames, 128); teacher: None, or (the teacher's copy of this task, its token (2, batch, dim)).
+    batch, frames, 128); teacher: None, or (the teacher's copy of this task, its token (2, batch, dim)). With
+    needs_sequence batch has "sequence" (2, share, kept, dim), "positions" (2, share, kept), of each of the n frames or
+    patches "target" (2, share, n, pixels) and "places" (n, dim), and "patch", the number of the patch size.
     """
-    branch, views, needs_teacher, needs_spectrogram = "mel", 2, False, False
+    branch, views, needs_teacher, needs_spectrogram, needs_sequence = "mel", 2, False, False, False
 
     def reset(self):
         """Called after the general initialisation, for heads that start otherwise."""
@@ -453,5 +470,32 @@ class VICReg(Barlow):
         return vicreg(*self.head(token)) / 25, {}
 
 
+class MAE(Pretext):
+    """Masked autoencoder, a baseline in Myna: predict the mel of the dropped frames, or the dropped patches.
+
+    One block decodes, as wide as the trunk (MAE has eight, narrower than its trunk; our choice). The features are the
+    mean of the sequence; the class token, as MAE's, has no loss of its own. pixels: of a patch, for each patch size.
+    """
+    needs_sequence = True
+
+    def __init__(self, dim, pixels=(128,)):
+        super().__init__()
+        self.embed, self.mask_token = nn.Linear(dim, dim), nn.Parameter(torch.zeros(dim))
+        self.block = nn.TransformerEncoderLayer(dim, 2, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.norm, self.heads = nn.LayerNorm(dim), nn.ModuleList(nn.Linear(dim, count) for count in pixels)
+
+    def predict(self, batch):
+        """Every frame or patch from the visible ones: (2, share, n, pixels)."""
+        kept = batch["positions"][..., None].expand_as(batch["sequence"])                      # (2, share, kept, dim)
+        x = self.mask_token.expand(*kept.shape[:2], len(batch["places"]), -1)                  # (2, share, n, dim)
+        x = x.scatter(2, kept, self.embed(batch["sequence"]).float()) + batch["places"]
+        x = self.block(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self.heads[batch["patch"]](self.norm(x))
+
+    def forward(self, token, batch, teacher=None):
+        return masked_error(self.predict(batch), batch["target"], batch["positions"]), {}
+
+
 PRETEXT = {"cpsd": CPSD, "cpsd1": partial(CPSD, omegas=(1,)), "skey": SKey, "tone": Tone,
-           "ntxent": NTXent, "byol": BYOL, "cluster": Cluster, "barlow": Barlow, "vicreg": VICReg}
+           "ntxent": NTXent, "byol": BYOL, "cluster": Cluster, "barlow": Barlow, "vicreg": VICReg,
+           "mae": MAE}

@@ -5,6 +5,7 @@ frequencies at one moment: one token per frame. Class tokens are extra tokens th
 its own loss: one by CPSD for key, one by NT-Xent for timbre and style. A class token starts as a learned vector plus
 the mean of one spectrogram, CQT for key and mel for the others (MT2).
 """
+import math
 import re
 
 import torch
@@ -116,7 +117,8 @@ class MT2(nn.Module):
             self.tokenisers = nn.ModuleDict(linears)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
-        self.tasks = nn.ModuleDict({name: PRETEXT[name](dim) for name in tokens})
+        pixels = {"mae": dict(pixels=[math.prod(size or (N_MELS, 1)) for size in self.patches])}
+        self.tasks = nn.ModuleDict({name: PRETEXT[name](dim, **pixels.get(name, {})) for name in tokens})
         if "cqt" not in self.inputs and any(task.branch == "cqt" for task in self.tasks.values()):
             raise ValueError(f"tokens {','.join(tokens)}: key tasks need transposed frames of the CQT; use patch 1 and "
                              "inputs with cqt")
@@ -149,12 +151,19 @@ class MT2(nn.Module):
         means = [branch.get(task.branch, other).mean(dim=1) for task in self.tasks.values()]   # (batch, dim) each
         return sum(branch.values()) + F.embedding(positions, self.positions), torch.stack(means, dim=1)
 
+    def places(self, size):
+        """What tells the trunk where each frame is (frames, dim), learned, or where each patch of `size`, fixed."""
+        if size is None:
+            return self.positions
+        bands, width = size
+        rows, half = N_MELS // bands, self.config["dim"] // 2
+        index = torch.arange(rows * max(1, self.frames // width), device=self.norm.weight.device)
+        return torch.cat([sinusoid(index // rows, half), sinusoid(index % rows, half)], dim=-1)    # time, frequency
+
     def embed_patches(self, patches, positions, size):
         """Patch tokens (batch, n, dim), and the initial values of the class tokens (batch, tokens, dim)."""
         bands, width = size
-        rows, half = N_MELS // bands, self.config["dim"] // 2
-        index = torch.arange(rows * max(1, self.frames // width), device=patches.device)
-        place = torch.cat([sinusoid(index // rows, half), sinusoid(index % rows, half)], dim=-1)   # time, frequency
+        place = self.places(size)
         place = place[:patches.shape[1]] if positions is None else F.embedding(positions, place)
         x = self.tokenisers[f"{bands}x{width}"](patches) + place                               # (batch, n, dim)
         return x, x.mean(dim=1, keepdim=True).expand(-1, len(self.tokens), -1)

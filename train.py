@@ -12,8 +12,8 @@ A run folder holds checkpoint.pt (weights, EMA teacher, optimiser, step, setting
 interval). Batches, crops and masks are functions of (seed, step): there is no other state.
 
 Several processes (ranks) train what one would. Each passes its share of the batch through the trunk; class tokens are
-then gathered, so every loss is that of the whole batch; gradients are averaged, so all ranks take the same step. A
-checkpoint can be resumed with any number of them. Machines need one common disk.
+then gathered, so every loss is that of the whole batch (mae: the mean of the shares' losses); gradients are averaged,
+so all ranks take the same step. A checkpoint can be resumed with any number of them. Machines need one common disk.
 """
 import argparse
 import io
@@ -85,7 +85,8 @@ def make_batch(segments, model, seed, step, mask, steps, device, share=slice(Non
 
     For the trunk "inputs", per patch size (cqt, mel, positions), each (views, share, kept, ...), cqt None for patches.
     For the heads "shifts" (views, batch), "keys" and "tracks" (batch,), "progress" (), and where one needs them "cqt"
-    and "mel" (2, share, kept, ...). Copies to a GPU are queued behind the running step; none waits for it.
+    and "mel" (2, share, kept, ...), and "whole_mel" (2, share, 126, 128), nothing dropped. Copies to a GPU are queued
+    behind the running step; none waits for it.
     """
     pin = torch.device(device).type == "cuda"
     move = lambda x: (x.pin_memory() if pin and not x.is_cuda else x).to(device, non_blocking=True)
@@ -102,6 +103,10 @@ def make_batch(segments, model, seed, step, mask, steps, device, share=slice(Non
         cqt, mel = data.training_views(move(frames), crops[:, share])      # (views, share, kept, 84 and 128)
     if needs_spectrogram:
         batch |= dict(cqt=cqt[:2], mel=mel[:2])
+    if any(task.needs_sequence for task in model.tasks.values()):
+        first = (drawn["rows"] - drawn["positions"])[:2, :, :1]            # (2, share, 1)
+        rows = to_frames(first + torch.arange(data.SEGMENT))               # (2, share, 126)
+        batch["whole_mel"] = move(segments.gather(rows)[..., data.N_BINS:]).float() / 255
     if whole_frames:
         return batch | dict(inputs=[(cqt, mel, move(drawn["positions"]))])
     batch["inputs"] = []
@@ -126,10 +131,15 @@ def prefetch(make, steps):
 
 
 def forward_views(network, inputs, views, patch_index):
-    """{name: (views, batch, dim)}: the class tokens of the first views of `inputs` (see make_batch), from all ranks."""
+    """The first views of `inputs` (see make_batch) through the network.
+
+    Returns {name: (views, batch, dim)}, the class tokens from all ranks, and (views, share, kept, dim), the sequence.
+    """
+    depth = len(network.blocks)
     cqt, mel, positions = (None if x is None else x[:views].flatten(0, 1) for x in inputs)
-    tokens, _ = network(cqt, mel, positions, patch_index=patch_index)      # {name: (views * share, dim)}
-    return {name: whole_batch(token.unflatten(0, (views, -1))) for name, token in tokens.items()}
+    tokens, inside = network(cqt, mel, positions, layers=[depth], patch_index=patch_index)     # (views * share, dim)
+    sequence = inside[depth][:, network.class_token_count:].unflatten(0, (views, -1))
+    return {name: whole_batch(token.unflatten(0, (views, -1))) for name, token in tokens.items()}, sequence
 
 
 def training_losses(model, teacher, batch):
@@ -141,12 +151,20 @@ def training_losses(model, teacher, batch):
     views, losses, logs = len(batch["shifts"]), dict.fromkeys(model.tokens, 0.0), {}
     spectrograms = {name: whole_batch(batch[name]) for name in ("cqt", "mel") if name in batch}
     for patch, inputs in enumerate(batch["inputs"]):
-        tokens = forward_views(model, inputs, views, patch)                # (views, batch, dim) each
+        tokens, sequence = forward_views(model, inputs, views, patch)      # (views, batch, dim) each
+        given = batch | spectrograms
+        if "whole_mel" in batch:  # of this rank's share
+            size = model.patches[patch]
+            target = cut_patches(batch["whole_mel"], size or (data.N_MELS, 1))                 # (2, share, n, pixels)
+            given |= dict(sequence=sequence[:2], positions=inputs[2][:2], places=model.places(size))
+            given |= dict(target=target, patch=patch)
         with torch.no_grad():
-            targets = forward_views(teacher, inputs, 2, patch) if teacher is not None else {}
+            targets, _ = forward_views(teacher, inputs, 2, patch) if teacher is not None else ({}, {})
         for name, task in model.tasks.items():
             average = (teacher.tasks[name], targets[name]) if task.needs_teacher else None
-            loss, extra = task(tokens[name][:task.views], batch | spectrograms, average)
+            loss, extra = task(tokens[name][:task.views], given, average)
+            if task.needs_sequence:
+                loss = whole_batch(loss[None, None]).mean()                # that of the share -> that of the batch
             losses[name] = losses[name] + loss / len(batch["inputs"])
             logs |= {f"{name}_{key}" if key in logs else key: value.detach() for key, value in extra.items()}
     return losses, logs, {name: token[0].detach() for name, token in tokens.items()}
@@ -395,6 +413,8 @@ def resolve_settings(args, device, ranks):
             raise InputError(f"{flag(name)} {getattr(args, name)}: must be 1 or more")
     if not 0 <= args.mask < 1:
         raise InputError(f"--mask {args.mask}: must be from 0 to below 1")
+    if "mae" in tokens and args.mask == 0:
+        raise InputError("mae: needs --mask above 0, for something to predict")
     if not 0 <= args.pseudo_label < math.inf:
         raise InputError(f"--pseudo-label {args.pseudo_label}: must be 0 or more")
     if args.batch_size % ranks:

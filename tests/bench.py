@@ -315,6 +315,7 @@ def learn():
     """Does every token alone learn the embedded songs in 400 steps? Its score beside raw and the best untrained row."""
     script = Path(__file__).resolve().parent.parent / "train.py"
     for token in losses.PRETEXT:
+        row = "sequence mean" if losses.PRETEXT[token](8).needs_sequence else token
         column = "retrieval" if losses.PRETEXT[token](8).branch == "mel" else "key weighted @12.5 %"
         with tempfile.TemporaryDirectory() as out:
             flags = ["--tokens", token, "--steps", "400", "--out", out]
@@ -322,8 +323,8 @@ def learn():
             table = json.loads((Path(out) / "probe-synth.json").read_text())["rows"]
         rows = {name: 100 * row[column]["mean"] for name, row in table.items() if column in row}
         untrained = max(value for name, value in rows.items() if name.startswith("untrained"))
-        verdict = "learnt" if rows[token] > max(rows["raw"], untrained) else "NOT LEARNT"
-        print(f"{token:8} {column:20} {rows[token]:5.1f}   raw {rows['raw']:.1f}   untrained {untrained:.1f}   "
+        verdict = "learnt" if rows[row] > max(rows["raw"], untrained) else "NOT LEARNT"
+        print(f"{token:8} {column:20} {rows[row]:5.1f}   raw {rows['raw']:.1f}   untrained {untrained:.1f}   "
               f"{verdict}", flush=True)
 
 

@@ -20,7 +20,7 @@ from test_train import run, store  # noqa: F401  (store is a fixture)
 # Processes are copies of one that has imported torch, which takes longer than all they do.
 FORKS = get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torch._dynamo", "pytest", "soundfile", "tqdm"])
-PATCHES = {"ntxent,byol of patches": dict(tokens=["ntxent", "byol"], patch="16x16,128x2", pool="mean")}
+PATCHES = {"three of patches": dict(tokens=["ntxent", "byol", "mae"], patch="16x16,128x2", pool="mean")}
 CASES = {name: dict(tokens=[name]) for name in losses.PRETEXT} | PATCHES | {"compiled": dict(tokens=["skey", "byol"], depth=1)}
 
 

@@ -85,6 +85,17 @@ def test_vicreg_closed_cases_and_slow_loop():
     assert losses.vicreg(a, b).item() == pytest.approx(slow.item(), rel=1e-4)
 
 
+def test_the_masked_error_is_that_of_what_was_dropped():
+    target, positions = noise(2, 3, 5, 8), torch.tensor([[[0, 2], [1, 4], [3, 4]]] * 2)
+    normalised = (target - target.mean(-1, keepdim=True)) / target.std(-1, keepdim=True)
+    assert losses.masked_error(normalised, 3 * target + 5, positions).item() == pytest.approx(0, abs=1e-6)
+    for index, error in ((0, 0), (1, 4 / 18)):                              # item 0 of view 0 keeps 0; 3 of 5 are dropped, 6 items
+        wrong = normalised.clone()
+        wrong[0, 0, index] += 2
+        assert losses.masked_error(wrong, target, positions).item() == pytest.approx(error, abs=1e-6)
+    assert losses.masked_error(torch.zeros_like(target), torch.ones_like(target), positions).item() == 0    # silence
+
+
 def test_effective_rank_counts_directions():
     basis = torch.linalg.qr(torch.cat([torch.ones(20, 1), noise(20, 6)], dim=1))[0][:, 1:]
     assert losses.effective_rank(basis) == pytest.approx(6, rel=1e-3)
@@ -224,6 +235,50 @@ def test_mode_terms_have_a_gradient_on_confidently_wrong_outputs():
         assert token.grad[2, :, 0].max() < -0.01, name
 
 
+# ---------------------------------------------------------------- the masked autoencoder
+
+
+def test_mae_trains_its_decoder_and_the_trunk_on_dropped_patches_alone():
+    torch.manual_seed(0)
+    task, positions = losses.MAE(8, pixels=(6, 10)), torch.tensor([[[0, 2], [1, 4], [3, 4]]] * 2)
+    sequence, target = noise(2, 3, 2, 8).requires_grad_(), noise(2, 3, 5, 10, seed=1).requires_grad_()
+    batch = dict(sequence=sequence, positions=positions, places=noise(5, 8), target=target, patch=1)
+    assert task.predict(batch).shape == target.shape
+    task(None, batch)[0].backward()
+    kept = torch.zeros(2, 3, 5, dtype=torch.bool).scatter(-1, positions, True)
+    assert target.grad[kept].abs().max() == 0 and target.grad[~kept].abs().amax(dim=-1).min() > 0
+    unused = {name for name, p in task.named_parameters() if p.grad is None}
+    assert unused == {"heads.0.weight", "heads.0.bias"} and sequence.grad.abs().amax(dim=-1).min() > 0
+
+
+def test_mae_predicts_from_the_order_of_the_visible_patches_not_of_the_list():
+    """Sequence tokens permuted together with their positions give the same predictions; permuted alone, others."""
+    task, positions = losses.MAE(8), torch.tensor([[[0, 2, 3]]])
+    batch = dict(sequence=noise(1, 1, 3, 8), positions=positions, places=noise(5, 8), patch=0)
+    moved = dict(batch, sequence=batch["sequence"].flip(2), positions=positions.flip(2))
+    torch.testing.assert_close(task.predict(batch), task.predict(moved))
+    assert (task.predict(batch) - task.predict(dict(batch, sequence=moved["sequence"]))).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("patch", ["1", "16x16,128x2"])
+def test_what_mae_predicts_is_what_the_trunk_would_have_been_given(patch, store):  # noqa: F811
+    """At the kept positions the target is the input; so at the others it is what was dropped there."""
+    network = model.MT2(("mae",), dim=24, depth=1, heads=2, patch=patch)
+    segments = data.Segments(data.open_data([store]), 4)
+    batch = train.make_batch(segments, network, 0, 3, 0.75, 10, "cpu", slice(1, 3))
+    for (_, mel, kept), size in zip(batch["inputs"], network.patches):
+        whole = model.cut_patches(batch["whole_mel"], size or (128, 1))
+        assert len(network.places(size)) == whole.shape[2] > kept.shape[2]
+        assert torch.equal(mel, whole.gather(2, kept[..., None].expand_as(mel)))
+
+
+def test_mae_learns_more_than_the_mean(store, tmp_path, tiny, monkeypatch):  # noqa: F811
+    """A prediction of 0 has a loss of 1."""
+    run(monkeypatch, "--tokens", "mae", "--data", store, "--batch-size", 4, "--steps", 20, "--lr", 0.01, "--log-every", 1, "--out", tmp_path / "run")
+    found = [json.loads(line)["mae"] for line in open(tmp_path / "run" / "log.jsonl")]
+    assert found[0] > 1 and max(found[-3:]) < 0.8
+
+
 # ---------------------------------------------------------------- training with any of them
 
 
@@ -281,7 +336,10 @@ def test_a_collapse_is_flagged(store, tmp_path, tiny, monkeypatch, capsys):  # n
     report, collapsed = train.collapse_report(healthy | dict(flat=torch.ones(16, 24), line=noise(16, 1) @ noise(1, 24)))
     assert collapsed == ["flat", "line"] and report["a_rank"] > 10 and report["flat_deviation"] == 0
     forward = model.MT2.forward
-    constant = lambda self, *a, **k: ({name: token * 0 + 1 for name, token in forward(self, *a, **k)[0].items()}, {})
+
+    def constant(self, *args, **options):
+        tokens, inside = forward(self, *args, **options)
+        return {name: token * 0 + 1 for name, token in tokens.items()}, inside
     monkeypatch.setattr(model.MT2, "forward", constant)
     run(monkeypatch, "--tokens", "ntxent", "--data", store, "--batch-size", 4, "--steps", 2, "--log-every", 1, "--out", tmp_path / "run")
     assert "".join(capsys.readouterr()).count("the ntxent token has collapsed") == 1

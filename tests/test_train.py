@@ -240,6 +240,7 @@ def test_bad_input_is_one_line(store, tmp_path, monkeypatch, capsys):
     assert "no such checkpoint" in fail("--out", out, "--resume")
     assert "--mask" in fail("--mask", "1", "--data", store, "--out", out)
     assert "inputs with cqt" in fail("--inputs", "mel", "--data", store, "--out", out)
+    assert "mae: needs --mask above 0" in fail("--tokens", "ntxent,mae", "--mask", "0", "--data", store, "--out", out)
     assert "--log-every 0" in fail("--log-every", "0", "--data", store, "--out", out)
     assert "--save-every -1" in fail("--save-every", "-1", "--data", store, "--out", out)
     run(monkeypatch, "--data", store, "--batch-size", 4, "--steps", 2, "--out", out, "--stop-at", 1)
@@ -300,7 +301,7 @@ def test_the_host_waits_for_the_device_at_log_lines_only(flags, store, tmp_path,
 
 def test_frames_on_the_device_give_the_same_batches(store):
     """Moved there (here to the CPU as a tensor), only row numbers travel; every value is the same."""
-    for options in (dict(tokens=("skey", "ntxent")), dict(tokens=("ntxent",), patch="16x16,128x2")):
+    for options in (dict(tokens=("skey", "ntxent", "mae")), dict(tokens=("ntxent",), patch="16x16,128x2")):
         network = model.MT2(**options, dim=24, depth=1, heads=2)
         on_disk, on_device = (data.Segments(data.open_data([store, store]), 4) for _ in range(2))
         on_device.to("cpu")
@@ -365,7 +366,7 @@ def test_help_states_every_default(monkeypatch, capsys):
             assert "default" in group.splitlines()[0] + entry or entry.startswith("resume"), entry
 
 
-@pytest.mark.parametrize("kind", [dict(tokens=list(losses.PRETEXT)), dict(tokens=["ntxent", "byol"], patch="16x16,128x2", pool="mean")])
+@pytest.mark.parametrize("kind", [dict(tokens=list(losses.PRETEXT)), dict(tokens=["ntxent", "byol", "mae"], patch="16x16,128x2", pool="mean")])
 def test_compile_is_one_graph(kind, store, monkeypatch):
     """The step is one graph without breaks, and after the first one nothing is compiled again."""
     counters = torch._dynamo.utils.counters
