@@ -4,10 +4,14 @@
     python tests/ablations.py plain-init                     ordinary random weights instead of equivariant at initialisation
     python tests/ablations.py jitter                         each view through an equaliser and at a level of its own
     python tests/ablations.py mixing                         half of the pieces have another one in the background
+    python tests/ablations.py batch-norm --tokens skey       batch norm before the softmax of the 24 keys (STONE-24, S-KEY)
+    python tests/ablations.py three-term                     CPSD with the pair at equal pitch too, STONE's three terms
+    python tests/ablations.py omega7                         CPSD on the circle of fifths alone; semitones alone: cpsd1
 
 All flags of train.py are understood. tests/README.md has their results.
 """
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
+import losses  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 
@@ -62,8 +67,21 @@ def mixing(frames, rng):
     return torch.maximum(frames, frames.roll(1, dims=1) - down[:, None, None])
 
 
+def batch_norm():
+    losses.SKey.batch_norm = losses.Tone.batch_norm = True
+
+
+def three_term():
+    losses.TRANSPOSED_PAIRS.insert(0, (0, 1))
+
+
+def omega7():
+    for name in ("cpsd", "skey", "tone"):
+        losses.PRETEXT[name] = partial(losses.PRETEXT[name], omegas=(7,))
+
+
 CHANGES = {"mel-kept": mel_kept, "plain-init": plain_init, "jitter": lambda: change_frames(jitter),
-           "mixing": lambda: change_frames(mixing)}
+           "mixing": lambda: change_frames(mixing), "batch-norm": batch_norm, "three-term": three_term, "omega7": omega7}
 
 if __name__ == "__main__":
     choice = sys.argv.pop(1) if len(sys.argv) > 1 else ""

@@ -11,6 +11,7 @@ import ablations
 import curves
 import data
 import duplicates
+import losses
 import model
 import probe
 import publish
@@ -33,6 +34,11 @@ def saved_network(**more):
 def untouched(monkeypatch):
     """What an ablation patches is as before after the test."""
     monkeypatch.setattr(data, "training_views", data.training_views)
+    for task in (losses.SKey, losses.Tone):
+        monkeypatch.setattr(task, "batch_norm", task.batch_norm)
+    monkeypatch.setattr(losses, "TRANSPOSED_PAIRS", [*losses.TRANSPOSED_PAIRS])
+    for name, task in losses.PRETEXT.items():
+        monkeypatch.setitem(losses.PRETEXT, name, task)
 
 
 def test_jitter_moves_each_view_alike_at_all_times_and_leaves_silence(untouched):
@@ -56,6 +62,41 @@ def test_mixing_adds_a_neighbour_in_the_background(untouched):
     assert (cqt >= plain - 1e-6).all() and (cqt <= torch.maximum(plain, plain.roll(1, dims=1) - 6 / 80 + 1e-6)).all()
     mixed = (cqt != plain).flatten(2).any(dim=2)                           # (views, batch)
     assert mixed.any() and not mixed.all() and torch.equal(mixed[0], mixed[1])
+
+
+def key_terms(name, token, shifts):
+    """The CPSD term of a new task of this name."""
+    torch.manual_seed(0)
+    task = losses.PRETEXT[name](8)
+    return task.key_loss(task.log_keys(token), dict(shifts=shifts))[1]["cpsd_term"].item(), task
+
+
+def test_omega7_and_three_term_change_the_key_loss_as_they_say(untouched):
+    token, shifts = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1)), -frames_and_crops()[1][:, :4]
+    fifths = lambda task, pairs: losses.cpsd(task.profile(token), shifts, 7, pairs).item()
+    both, _ = key_terms("skey", token, shifts)
+    ablations.CHANGES["omega7"]()
+    one, task = key_terms("skey", token, shifts)
+    assert one == pytest.approx(fifths(task, [(0, 2), (1, 2)])) and one != pytest.approx(both)
+    ablations.CHANGES["three-term"]()
+    assert key_terms("skey", token, shifts)[0] == pytest.approx(fifths(task, None))
+
+
+def test_batch_norm_takes_the_offset_and_scale_of_each_key_away(untouched):
+    """In training by the batch, views and items together; afterwards by running statistics, which are saved."""
+    assert not [name for name in losses.SKey(8).state_dict() if "norm" in name]
+    ablations.CHANGES["batch-norm"]()
+    torch.manual_seed(0)
+    task, token = losses.PRETEXT["skey"](8), torch.randn(3, 50, 8)
+    plain = task.log_keys(token)
+    with torch.no_grad():
+        task.head.weight.mul_(7)
+        task.head.bias.add_(torch.randn(24))
+    assert len(list(task.parameters())) == 2 and "norm.running_mean" in task.state_dict()
+    torch.testing.assert_close(task.log_keys(token), plain, rtol=1e-3, atol=1e-3)
+    for _ in range(100):
+        task.log_keys(token)
+    torch.testing.assert_close(task.eval().log_keys(token[0]), plain[0], rtol=1e-2, atol=2e-2)
 
 
 def test_a_run_watched_in_stages_is_the_run_left_alone(song_folder, tmp_path, monkeypatch):
