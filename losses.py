@@ -281,14 +281,12 @@ class CPSD(Pretext):
     pseudo_label: its weight (train.py --pseudo-label); 0 is the paper's loss.
     """
     branch, views, outputs, pseudo_label = "cqt", 3, 12, 0.0
-    batch_norm = False  # before the softmax, without a learned scale: STONE's 24 keys and S-KEY have it, on all views
     SHARPNESS = 15.0  # of the template's softmax (our choice)
 
     def __init__(self, dim, omegas=(7, 1)):
         super().__init__()
         # STONE and MT2 map to 84 bins and average over octaves; the mean of linear maps is a linear map, as here.
         self.head, self.omegas = nn.Linear(dim, self.outputs), omegas
-        self.norm = nn.BatchNorm1d(self.outputs, affine=False) if self.batch_norm else nn.Identity()
 
     def reset(self):
         signatures = self.head.weight.data[:12]
@@ -301,8 +299,7 @@ class CPSD(Pretext):
         Output q and, of 24, output 12 + q share a key signature: a major key and its relative minor. (Labels and
         template_keys number a minor key 12 + its own tonic.)
         """
-        logits = self.head(token).float() / PROFILE_TEMPERATURE
-        return self.norm(logits.flatten(0, -2)).view_as(logits).log_softmax(dim=-1)
+        return (self.head(token).float() / PROFILE_TEMPERATURE).log_softmax(dim=-1)
 
     def posterior(self, token):
         """token (..., dim) -> probabilities (..., outputs)."""

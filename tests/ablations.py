@@ -68,7 +68,17 @@ def mixing(frames, rng):
 
 
 def batch_norm():
-    losses.SKey.batch_norm = losses.Tone.batch_norm = True
+    """Before the softmax, over all views, without a learned scale."""
+    original_init = losses.SKey.__init__
+
+    def init(self, dim):
+        original_init(self, dim)
+        self.norm = torch.nn.BatchNorm1d(24, affine=False)
+
+    def log_keys(self, token):
+        logits = self.head(token).float() / losses.PROFILE_TEMPERATURE
+        return self.norm(logits.flatten(0, -2)).view_as(logits).log_softmax(dim=-1)
+    losses.SKey.__init__, losses.SKey.log_keys = init, log_keys
 
 
 def three_term():
