@@ -22,8 +22,8 @@ Tracks are split before anything else. Adam, rate 1e-3, batch 128, at most 50 x 
 standardised by the training items; the weights of the lowest validation loss are kept, and the fit ends when it has
 not fallen for 640 steps (our choice). A track's prediction is the mean of its windows' outputs. Whatever is selected
 (a grid point, a row, a beat threshold) is selected by the validation metric. Test tracks are predicted once. Five
-seeds, mean and standard deviation; in brackets the 95 % interval of 1000 bootstrap draws of test tracks (of the first
-seed where seeds share the test set).
+seeds, or five folds where no split is given, mean and standard deviation; in brackets the 95 % interval of 1000
+bootstrap draws of test tracks (of the first seed where seeds share the test set).
 
 `--grid` selects among the 216 configurations of jukemir. Departures, for two CPU cores: successive halving (all for 64
 steps, the better half for 128, ... 14 for 1024), with a patience of 256 steps instead of 2048.
@@ -69,7 +69,8 @@ from data import (AUDIO_SUFFIXES, CROP_BINS, DYNAMIC_RANGE, FMIN, FRAME_SECONDS,
 from losses import template_keys
 from model import MT2, load_checkpoint, pick_amp
 
-SEEDS = 5
+SEEDS = 5  # of a task with a given split
+FOLDS = 5  # of a task without one
 
 # ---------------------------------------------------------------- labels: keys, chords, beats
 
@@ -149,7 +150,7 @@ def read_beat_times(path):
 
 # ---------------------------------------------------------------- tasks: tracks with labels
 
-# labels {target: label}; split: "train", "valid", "test", a fold number, or None (then groups are split). Tracks of one
+# labels {target: label}; split: "train", "valid", "test", a fold number, or None (then groups become folds). Tracks of one
 # group (an artist, an album) stay on one side. path is None where the audio is missing.
 Track = namedtuple("Track", "name path labels split group")
 # what, obtain, place: for `list` and for the message when files are missing; homes: default folders in datasets/;
@@ -1057,46 +1058,28 @@ def choose(x, target, train, valid):
 # ---------------------------------------------------------------- splits
 
 
-def group_splits(groups):
-    """Per seed, 60/20/20 % of the *groups* for training, validation and test; test groups rotate over the seeds.
-
-    groups: one name per track. Returns [(train, valid, test)] track numbers. Raises InputError below three groups.
-    """
-    names = np.random.default_rng(0).permutation(sorted(set(groups)))
-    if len(names) < 3:
-        raise InputError(f"{len(names)} group(s) cannot be split in train, valid and test; give at least three files "
-                         "or groups")
-    part, splits = max(1, round(0.2 * len(names))), []
-    for seed in range(SEEDS):
-        order = np.roll(names, -round(seed * max(len(names), SEEDS) / SEEDS))
-        side = {name: min(i // part, 2) for i, name in enumerate(order)}   # one part for test, one for valid, the rest
-        sides = np.array([side[g] for g in groups])                        # (tracks,)
-        splits.append(tuple(np.flatnonzero(sides == k) for k in (2, 1, 0)))
-    return splits
-
-
 def splits_of(tracks):
-    """[(train, valid, test)] track numbers, one per seed: the given split, rotating folds, or groups.
+    """[(train, valid, test)] track numbers, one per run: the given split for every seed, or rotating folds.
 
-    Folds: one run each with fold f as test and f + 1 as validation. A given split without a validation part gives up a
-    fifth of its training groups. Raises InputError.
+    Folds: one run each with fold f as test and f + 1 as validation. Tracks without a split make five folds of whole
+    groups. Raises InputError.
     """
     parts = [t.split for t in tracks]
-    if set(parts) <= {None}:
-        return group_splits([t.group for t in tracks])
-    if all(isinstance(part, int) for part in parts):
-        folds, fold = sorted(set(parts)), np.array(parts)
+    if set(parts) == {None}:
+        groups = np.random.default_rng(0).permutation(sorted({t.group for t in tracks}))
+        fold = {group: i % FOLDS for i, group in enumerate(groups)}
+        parts = [fold[t.group] for t in tracks]
+    parts = np.array(parts)
+    if parts.dtype.kind == "i":
+        folds = np.unique(parts)
         if len(folds) < 3:
-            raise InputError(f"{len(folds)} fold(s) found; at least three are needed: train, valid and test")
-        return [(np.flatnonzero((fold != test) & (fold != valid)), np.flatnonzero(fold == valid),
-                 np.flatnonzero(fold == test)) for test, valid in zip(folds, folds[1:] + folds[:1])]
-    train, valid, test = (np.flatnonzero(np.array(parts) == name) for name in ("train", "valid", "test"))
-    if len(valid) == 0:
-        held = np.array([hashed(tracks[i].group, 5) == 0 for i in train], dtype=bool)
-        train, valid = train[~held], train[held]
-    if min(map(len, (train, valid, test))) == 0:
-        raise InputError(f"{len(train)} train, {len(valid)} valid and {len(test)} test tracks; each part needs some")
-    return [(train, valid, test)] * SEEDS
+            raise InputError(f"{len(folds)} fold(s) or group(s) found; train, valid and test need at least three")
+        return [(np.flatnonzero((parts != test) & (parts != valid)), np.flatnonzero(parts == valid),
+                 np.flatnonzero(parts == test)) for test, valid in zip(folds, np.roll(folds, -1))]
+    split = tuple(np.flatnonzero(parts == name) for name in ("train", "valid", "test"))
+    if min(map(len, split)) == 0:
+        raise InputError("{} train, {} valid and {} test tracks; each part needs some".format(*map(len, split)))
+    return [split] * SEEDS
 
 
 def labelled_part(target, train, share, seed):
@@ -1940,8 +1923,8 @@ def main():
     made.add_argument("--audio", help="folder below which the files lie (default: the CSV's own)")
     made.add_argument("--label", required=True, help="column of the labels")
     made.add_argument("--kind", choices=("class", "tags", "regression", "key"), help="default: inferred")
-    made.add_argument("--split", help="column with train, valid or test (default: random, 60/20/20, five times)")
-    made.add_argument("--group", help="column; rows of one group stay on one side of a random split")
+    made.add_argument("--split", help="column with train, valid or test (default: five folds)")
+    made.add_argument("--group", help="column; rows of one group stay in one fold")
     made = command("key", print_key, "zero-shot key")
     made.add_argument("songs", nargs="+", help="audio files or folders")
     made.add_argument("--keys", help="CSV with columns file (path below the folder) and key ('F# minor')")
