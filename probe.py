@@ -142,8 +142,7 @@ def read_chord_intervals(path):
 def read_beat_times(path):
     """Beat times in seconds, sorted: the first field of every line."""
     try:
-        lines = path.read_text().splitlines()
-        return np.sort(np.array([float(line.split()[0]) for line in lines if line.strip()]))
+        return sorted(float(line.split()[0]) for line in path.read_text().splitlines() if line.strip())
     except ValueError:
         raise InputError(f"{path}: is not a beat file; give one time in seconds at the start of every line") from None
 
@@ -359,7 +358,7 @@ def read_chords(files):
             group = path.stem
         if lied := re.search(r"D911-\d+", path.stem):
             group = lied[0]
-        yield Track(name, files.audio(*names), {"chords": path}, None, group)
+        yield Track(name, files.audio(*names), {"chords": read_chord_intervals(path)}, None, group)
 
 
 BALLROOM_TWICE = {f"Albums-{name}" for name in (
@@ -380,7 +379,7 @@ def read_beats(files):
         name = f"{gtzan[1]}.{gtzan[2]}" if gtzan else stem
         if benchmark:
             part = "test" if gtzan else "valid" if hashed(stem, 10) == 0 else "train"
-        yield Track(name, files.audio(name, path.stem), {"beats": path}, part, name)
+        yield Track(name, files.audio(name, path.stem), {"beats": read_beat_times(path)}, part, name)
 
 
 TASKS = {
@@ -412,7 +411,7 @@ TASKS = {
     "emomusic": Task(
         "arousal and valence of 744 clips", "Emotion in Music Database (University of Geneva)",
         "clips_45seconds/, songs_info.csv and static_annotations.csv", ("emomusic",),
-        read_emomusic, {"emotion": "regression"}, 744),
+        read_emomusic, {"emotion": "emotion"}, 744),
     "medleysolos": Task(
         "8 instruments, 3 s clips", "Zenodo 3464194", "Medley-solos-DB_metadata.csv and the wav files",
         ("medleysolos",), read_medleysolos, {"instrument": "unbalanced"}, 21571),
@@ -675,29 +674,27 @@ def key_scores():
 KEY_SCORES = key_scores()
 
 
-def key_metric(name):
-    return lambda outputs, truth: float(KEY_SCORES[name][truth, outputs.argmax(axis=1)].mean())
+def key_metric(scores, outputs, truth):
+    return float(scores[truth, outputs.argmax(axis=1)].mean())
 
 
 def tag_scores(outputs, truth):
-    """ROC-AUC and average precision of every tag, (tags,) each; NaN for a tag with one class only.
+    """ROC-AUC and average precision of every tag that some tracks have and others have not, (tags, 2).
 
     AUC: chance that a track with the tag scores higher than one without, ties half. AP: sum of (R_n - R_n-1) P_n over
     the distinct thresholds, not interpolated.
     """
-    auc, precision = np.full((2, outputs.shape[1]), np.nan)
-    for t in range(outputs.shape[1]):
-        order = np.argsort(-outputs[:, t], kind="stable")
-        score, hit = outputs[order, t], truth[order, t] > 0.5
-        positives = hit.sum()
-        if positives in (0, len(hit)):
+    found = []
+    for score, hit in zip(outputs.T, truth.T > 0.5):                       # (tracks,) each
+        if hit.all() or not hit.any():
             continue
-        last = np.append(score[1:] != score[:-1], True)                    # ends of runs of equal scores
-        true, false = np.cumsum(hit)[last], np.cumsum(~hit)[last]
-        area = (np.diff(false, prepend=0) * (true + np.append(0, true[:-1])) / 2).sum()  # trapezoids: ties count half
-        auc[t] = area / (positives * (len(hit) - positives))
-        precision[t] = (np.diff(true, prepend=0) / positives * (true / (true + false))).sum()
-    return auc, precision
+        order = np.argsort(-score, kind="stable")
+        last = np.append(np.diff(score[order]) != 0, True)                 # ends of runs of equal scores
+        true, false = np.cumsum(hit[order])[last], np.cumsum(~hit[order])[last]
+        gain = np.diff(true, prepend=0)
+        area = (np.diff(false, prepend=0) * (true - gain / 2)).sum()       # trapezoids: ties count half
+        found.append((area / (true[-1] * false[-1]), (gain * true / (true + false)).sum() / true[-1]))
+    return np.array(found).reshape(-1, 2)
 
 
 def finite_mean(values):
@@ -791,9 +788,9 @@ def track_mean(values, owner, tracks):
 class Target:
     """What a probe predicts. A subclass is made of labels, one per track, and Items, and has
 
-    y          (items,) int64 or (items, n) float: the target of every item; -1 where it has none
+    y          (items,) int64 or (items, n) float: the target of every item; -1 where a frame has none
     truth      (tracks, ...) array: what the metrics compare with
-    names      of the n outputs, where they have names
+    names      of the n outputs
     loss       (outputs (items, n), y) -> scalar
     metrics    {name: function(predicted, truth)} of one row per track; the first one selects
     settings   values of a parameter of `predict` that is selected on validation
@@ -809,14 +806,6 @@ class Target:
     def predict(self, outputs, items, tracks, setting=None):
         """Outputs of `items` -> one row for each of `tracks` (sorted numbers)."""
         return track_mean(outputs, self.items.owner[items], tracks).numpy()
-
-    def constant(self, train):
-        """Outputs (n,) of the best prediction without input: the most frequent class of the training items."""
-        return F.one_hot(torch.bincount(self.y[train]).argmax(), len(self.names)).float()
-
-    def units(self, train):
-        """Offset and scale of the outputs of a probe, from the training items."""
-        return 0.0, 1.0
 
     def items_of(self, tracks, labelled=True):
         """Numbers of the items of some tracks, by default of those that have a target."""
@@ -837,68 +826,58 @@ class Unbalanced(Classes):
 
 
 class Keys(Target):
-    metrics, names = {name: key_metric(name) for name in KEY_SCORES}, ALL_KEYS
+    metrics, names = {name: partial(key_metric, scores) for name, scores in KEY_SCORES.items()}, ALL_KEYS
 
 
 class Tempo(Classes):
     """Classes of beats per minute: ACC1 within 4 %, ACC2 also at 2, 3, 1/2, 1/3 of the tempo."""
+    metrics = {"ACC1": partial(tempo_accuracy, factors=(1,)),
+               "ACC2": partial(tempo_accuracy, factors=(1, 2, 3, 1 / 2, 1 / 3))}
 
     def __init__(self, labels, items):
         super().__init__(labels, items)
-        factors = {"ACC1": (1,), "ACC2": (1, 2, 3, 1 / 2, 1 / 3)}
-        self.metrics = {name: partial(self.score, factors=values) for name, values in factors.items()}
+        self.truth = np.array(labels)
 
-    def score(self, outputs, truth, factors):
-        bpm = np.array(self.names)
-        return tempo_accuracy(bpm[outputs.argmax(axis=1)], bpm[truth], factors)
+    def predict(self, *args):
+        return np.array(self.names)[super().predict(*args).argmax(axis=1)]
 
 
 class Tags(Target):
     loss = staticmethod(F.binary_cross_entropy_with_logits)
-    metrics = {"ROC-AUC": lambda o, t: finite_mean(tag_scores(o, t)[0]),
-               "AP": lambda o, t: finite_mean(tag_scores(o, t)[1])}
+    metrics = {"ROC-AUC": lambda o, t: finite_mean(tag_scores(o, t)[:, 0]),
+               "AP": lambda o, t: finite_mean(tag_scores(o, t)[:, 1])}
 
     def __init__(self, labels, items):
         self.names = sorted(set().union(*labels))
         super().__init__(np.float32([np.isin(self.names, tags) for tags in labels]), items)       # (tracks, tags)
 
-    def constant(self, train):
-        return self.y[train].mean(dim=0)
-
 
 class Regression(Target):
-    loss = staticmethod(F.mse_loss)
+    """Labels: one tuple of numbers a track. The probe's outputs are scaled to the training items' mean and deviation."""
+    loss, names = staticmethod(F.mse_loss), ("",)
+    metrics = {"R2": lambda o, t: float(r2(o, t).mean())}
 
     def __init__(self, labels, items):
         super().__init__(np.float32(labels), items)                                               # (tracks, axes)
-        self.names = ["arousal", "valence"] if self.truth.shape[1] == 2 else [""]
-        self.metrics = {f"R2 {name}".strip(): partial(self.axis, i) for i, name in enumerate(self.names)}
-        if len(self.names) > 1:
-            self.metrics = {"R2 joint": lambda o, t: float(r2(o, t).mean())} | self.metrics
 
-    @staticmethod
-    def axis(i, outputs, truth):
-        return float(r2(outputs, truth)[i])
 
-    def constant(self, train):
-        return self.y[train].mean(dim=0)
-
-    def units(self, train):
-        return self.y[train].mean(dim=0), self.y[train].std(dim=0) + 1e-6
+class Emotion(Regression):
+    names = ("arousal", "valence")
+    metrics = {"R2 joint": Regression.metrics["R2"], "R2 arousal": lambda o, t: float(r2(o, t)[0]),
+               "R2 valence": lambda o, t: float(r2(o, t)[1])}
 
 
 class Chords(Target):
-    """25 classes per frame; a row is (frames right, frames with a label). Labels: files or [(start, end, class)]."""
-    per_frame = True
+    """25 classes per frame; a row is (frames right, frames with a label). Labels: [(start, end, class)] of each track."""
+    per_frame, names = True, range(25)
     metrics = {"overlap": lambda c, _: finite_mean(c[:, 0] / np.where(c[:, 1], c[:, 1], np.nan)),
                "overlap (pooled)": lambda c, _: float(c[:, 0].sum() / c[:, 1].sum())}
 
     def __init__(self, labels, items):
-        self.items, self.names, self.truth = items, range(25), np.zeros(len(labels))
-        y = np.full(len(items.owner), UNKNOWN)
-        for track, label in enumerate(labels):
+        self.items, self.truth, y = items, np.zeros(len(labels)), np.full(len(items.owner), UNKNOWN)
+        for track, intervals in enumerate(labels):
             mine = np.flatnonzero(items.owner == track)
-            for start, end, chord in read_chord_intervals(label) if isinstance(label, Path) else label:
+            for start, end, chord in intervals:
                 y[mine[(items.time[mine] >= start) & (items.time[mine] < end)]] = chord
         self.y = torch.from_numpy(y)                                       # (items,)
 
@@ -910,22 +889,22 @@ class Chords(Target):
 
 
 class Beats(Target):
-    """Beat or not, per frame; a row is (hits, beats estimated, beats true), every beat counted. Labels: files or times.
+    """Beat or not, per frame; a row is (hits, beats estimated, beats true), every beat counted. Labels: beat times.
 
     Frames within one and a half frames of a beat are positive. Frames count from one beat period before the first
     beat to one after the last, as an intro without music has no beats. The threshold is selected on validation.
     """
     per_frame, settings, names = True, tuple(np.arange(1, 20) / 20), ("beat",)
+    loss = staticmethod(F.binary_cross_entropy_with_logits)
     metrics = {"F": lambda c, _: float(f_measure(c).mean()),
                "F (pooled)": lambda c, _: float(f_measure(c.sum(axis=0, keepdims=True))[0])}
 
     def __init__(self, labels, items):
         self.items, self.truth, self.beats = items, np.zeros(len(labels)), []
         y = np.full((len(items.owner), 1), UNKNOWN, np.float32)
-        for track, label in enumerate(labels):
+        for track, beats in enumerate(map(np.array, labels)):
             mine = np.flatnonzero(items.owner == track)
             time, step = items.time[mine], np.median(np.diff(items.time[mine]))
-            beats = read_beat_times(label) if isinstance(label, Path) else label
             beats = beats[beats < time[-1] + step]
             self.beats.append(beats)
             if len(beats) < 2:
@@ -936,8 +915,6 @@ class Beats(Target):
             y[mine[inside], 0] = near[inside]
         self.y = torch.from_numpy(y)                                       # (items, 1)
 
-    loss = staticmethod(F.binary_cross_entropy_with_logits)
-
     def predict(self, outputs, items, tracks, setting=0.5):
         activation, owner, rows = outputs[:, 0].sigmoid().numpy(), self.items.owner[items], []
         for track in tracks:
@@ -946,12 +923,9 @@ class Beats(Target):
             rows.append([beat_hits(found, self.beats[track]), len(found), len(self.beats[track])])
         return np.array(rows)
 
-    def constant(self, train):
-        return torch.full((1,), -1e4)  # no beat anywhere
-
 
 TARGETS = {"class": Classes, "unbalanced": Unbalanced, "key": Keys, "tempo": Tempo, "tags": Tags,
-           "regression": Regression, "chords": Chords, "beats": Beats}
+           "regression": Regression, "emotion": Emotion, "chords": Chords, "beats": Beats}
 
 
 # ---------------------------------------------------------------- the probe
@@ -974,7 +948,9 @@ class Probe(nn.Module):
         self.mean, self.scale = 0.0, 1.0
         if standardize:
             self.mean, self.scale = features.mean(dim=0), features.std(dim=0, unbiased=False) + 1e-6
-        self.offset, self.gain = target.units(train)
+        self.offset, self.gain = 0.0, 1.0
+        if isinstance(target, Regression):
+            self.offset, self.gain = target.y[train].mean(dim=0), target.y[train].std(dim=0) + 1e-6
         layers = [nn.Dropout(dropout), nn.Linear(dim, hidden), nn.ReLU()] if hidden else []
         self.net = nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(hidden or dim, len(target.names)))
 
@@ -1094,11 +1070,11 @@ def labelled_part(target, train, share, seed):
     return np.sort(np.concatenate(picked))
 
 
-def predict_constant(target, train, test):
-    """Rows of the test tracks from the best prediction without input."""
-    output = target.constant(target.items_of(train))                                 # (outputs,)
-    items = target.items_of(test, labelled=False)
-    return target.predict(output.expand(len(items), -1), items, test, target.settings[0])
+def chance(x, target, train, test):
+    """Rows of the test tracks when all outputs are the mean target of the training items (beats: there are none)."""
+    y = target.y[target.items_of(train)]
+    mean = (y if y.is_floating_point() else F.one_hot(y, len(target.names))).float().mean(dim=0)  # (outputs,)
+    return predict(lambda x: mean.expand(len(x), -1), x, target, test, target.settings[-1])
 
 
 def label_share(x, target, splits, share, configs):
@@ -1152,8 +1128,8 @@ def probe_rows(items, target, splits, grid=False, shares=(), label="", **config)
     for title, (names, predictions) in chosen_rows(runs).items():
         table[title] = cells_of(target.metrics, predictions, truths, fixed)
         remarks.append(f"{title}: {', '.join(names)}")
-    constant = [predict_constant(target, train, test) for train, _, test in splits]
-    table["chance"] = {name: mean_of(list(map(metric, constant, truths))) for name, metric in target.metrics.items()}
+    mean = [chance(x, target, train, test) for train, _, test in splits]
+    table["chance"] = cells_of(target.metrics, mean, truths, fixed)
     return table, remarks, {name: run[0][1] for name, run in runs.items()}
 
 
@@ -1504,9 +1480,8 @@ def synth_tracks(**parts):
     store, numbers, tracks = prepare_synth(), [], []
     for part, count in parts.items():
         for i in SYNTH_SPLITS[part][:count]:
-            song = compose(i)
             numbers.append(i)
-            tracks.append(Track(store.paths[i], None, song | dict(beats=np.array(song["beats"])), part, str(i)))
+            tracks.append(Track(store.paths[i], None, compose(i), part, str(i)))
     return store, np.array(numbers), tracks
 
 
