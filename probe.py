@@ -62,7 +62,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import (AUDIO_SUFFIXES, CROP_BINS, DYNAMIC_RANGE, FMIN, FRAME_SECONDS, KEY_NAMES, MAX_CROP, N_BINS, N_MELS,
+from data import (AUDIO_SUFFIXES, CROP_BINS, DYNAMIC_RANGE, FRAME_SECONDS, KEY_NAMES, MAX_CROP, N_BINS, N_MELS,
                   PITCH_CROP, SCALES, SEGMENT, SYNTH_SPLITS, TIMBRES, FrontEnd, InputError,
                   audio_to_frames, compose, crop_views, find_audio, parse_key, prepare_files, prepare_folders,
                   prepare_synth, read_audio, read_labels, read_table, render, run_cli, walk, write_atomic)
@@ -631,11 +631,11 @@ def extract(model, tracks, device, layers=None, per_frame=False, progress=None):
     return Items(arrays, np.repeat(owner, counts), frame * FRAME_SECONDS)
 
 
-def all_items(model, store, numbers, device, layers=None, per_frame=False):
-    """Items of the tracks `numbers` of a store, with the rows of the trained and the untrained network and raw."""
-    tracks, rows = [store.track(i) for i in numbers], {}
+def all_items(model, songs, device, layers=None, per_frame=False):
+    """Items of songs [(frames, 224) uint8] with the rows of the trained and the untrained network and raw."""
+    rows = {}
     for prefix, network in (("", model), ("untrained ", untrained(model, device)), ("", None)):
-        items = extract(network, tracks, device, layers, per_frame, f"{prefix}features" if network else "raw features")
+        items = extract(network, songs, device, layers, per_frame, f"{prefix}features" if network else "raw features")
         rows |= {prefix + name: x for name, x in items.rows.items()}
     return items._replace(rows=rows)
 
@@ -743,21 +743,19 @@ def pick_beats(activation, time, threshold):
     return time[peak]
 
 
-def interval(metric, outputs, truths, shared=False, draws=1000):
+def interval(metric, outputs, truths, draws=1000):
     """95 % bootstrap interval over tracks: percentiles 2.5 and 97.5 of the metric on tracks drawn with replacement.
 
-    outputs, truths: one array per seed. Seeds that share their test tracks differ little, so the first stands for all;
-    otherwise each draw is the mean over seeds. Draws without a score (R2 of equal targets) are left out.
+    outputs, truths: one array per seed; each draw is the mean over seeds. Draws without a score (R2 of equal targets)
+    are left out.
     """
-    if shared:
-        outputs, truths = outputs[:1], truths[:1]
     rng, values = np.random.default_rng(0), []
     with np.errstate(divide="ignore", invalid="ignore"):
         for _ in range(draws):
             drawn = [rng.integers(0, len(o), len(o)) for o in outputs]
             values.append(np.mean([metric(o[d], t[d]) for o, t, d in zip(outputs, truths, drawn)]))
     values = np.array(values)[np.isfinite(values)]
-    return [float(v) for v in np.percentile(values, [2.5, 97.5])] if len(values) else [float("nan")] * 2
+    return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else [float("nan")] * 2
 
 
 def retrieval(first, second, size=128):
@@ -1096,75 +1094,97 @@ def mean_of(values):
     return dict(mean=float(np.nanmean(values)), std=float(np.nanstd(values)), scores=[float(v) for v in values])
 
 
-def cells_of(metrics, outputs, truths, fixed):
-    """{metric: cell}, the first with its interval. outputs, truths: rows per seed; fixed: seeds share their tests."""
+def cells_of(metrics, outputs, truth, splits):
+    """{metric: cell}, the first with its interval. outputs: rows of the test tracks per split; truth of all tracks."""
+    truths = [truth[test] for _, _, test in splits]
     cells = {name: mean_of(list(map(metric, outputs, truths))) for name, metric in metrics.items()}
-    first = next(iter(metrics))
-    cells[first]["interval"] = interval(metrics[first], outputs, truths, fixed)
+    first, shared = next(iter(metrics)), splits[0] is splits[-1]           # seeds that share their test tracks
+    differing = slice(1 if shared else None)                               # differ little: the first stands for all
+    cells[first]["interval"] = interval(metrics[first], outputs[differing], truths[differing])
     return cells
 
 
-def probe_rows(items, target, splits, grid=False, shares=(), label="", **config):
-    """Probe every row of `items` on one target, once per split.
+def add_columns(table, more, prefix=""):
+    """Put the columns of a table into another one, row by row."""
+    for name, row in more.items():
+        table.setdefault(name, {}).update({prefix + column: cell for column, cell in row.items()})
 
-    grid: select the configuration of each row; shares: of the training labels, as extra columns; config: changes to
-    LINEAR. Returns (table, remarks, {row: predictions of the first split}).
+
+def probe_targets(items, tracks, targets, runs=None, grid=False, shares=(), confusion=None, **config):
+    """Probe every row of `items` on all targets {label: kind}, in the first `runs` splits: (table, remarks).
+
+    grid: select the configuration of each row; shares: of the training labels, as extra columns; confusion: row whose
+    confusion matrix is a remark; config: changes to LINEAR.
     """
+    splits, table, remarks = splits_of(tracks)[:runs], {}, []
+    for label, kind in targets.items():
+        target = TARGETS[kind]([t.labels[label] for t in tracks], items)
+        remarks.append(f"{label}: {len(target.names)} outputs")
+        rows, more, outputs = probe_rows(items.rows, target, splits, grid, shares, **config)
+        add_columns(table, rows, f"{label} " if len(targets) > 1 else "")
+        remarks += more + confusion_lines(target, outputs[confusion][0], splits[0][2]) if confusion else more
+    return table, remarks
+
+
+def probe_rows(rows, target, splits, grid, shares, **config):
+    """Probe rows {name: (items, dim)} on one target: (table, remarks, {row: rows of the test tracks in each split})."""
     config = LINEAR | (dict(batch=FRAME_BATCH) if target.per_frame else {}) | config
-    fixed = all(np.array_equal(test, splits[0][2]) for _, _, test in splits)         # seeds share their test tracks
-    truths = [target.truth[test] for _, _, test in splits]
-    table, remarks, runs = {}, [], {}
-    for name, x in tqdm(items.rows.items(), desc=f"probes {label}".strip(), unit="row"):
+    table, remarks, runs, outputs = {}, [], {}, {}
+    for name, x in tqdm(rows.items(), desc="probes", unit="row"):
         configs = [config] * len(splits)
         if grid:
-            chosen = [choose(x, target, train, valid) for train, valid, _ in splits[:1 if fixed else None]]
-            remarks += [f"{name}: {config}" for config in chosen]
-            configs = chosen * (len(splits) // len(chosen))
+            different = splits[:1] if splits[0] is splits[-1] else splits
+            configs = [choose(x, target, train, valid) for train, valid, _ in different]
+            remarks += [f"{name}: {config}" for config in configs]
+            configs *= len(splits) // len(different)
         runs[name] = [fit_split(x, target, split, seed, **configs[seed]) for seed, split in enumerate(splits)]
-        table[name] = cells_of(target.metrics, [predicted for _, predicted in runs[name]], truths, fixed)
+        outputs[name] = [predicted for _, predicted in runs[name]]
+        table[name] = {}
         for share in shares:
             column, cell = label_share(x, target, splits, share, configs)
             table[name][column] = cell
-    for title, (names, predictions) in chosen_rows(runs).items():
-        table[title] = cells_of(target.metrics, predictions, truths, fixed)
+    for title, names in chosen_rows(runs).items():
+        outputs[title] = [outputs[name][seed] for seed, name in enumerate(names)]
         remarks.append(f"{title}: {', '.join(names)}")
-    mean = [chance(x, target, train, test) for train, _, test in splits]
-    table["chance"] = cells_of(target.metrics, mean, truths, fixed)
-    return table, remarks, {name: run[0][1] for name, run in runs.items()}
+    outputs["chance"] = [chance(x, target, train, test) for train, _, test in splits]
+    for name, predicted in outputs.items():
+        table[name] = cells_of(target.metrics, predicted, target.truth, splits) | table.get(name, {})
+    return table, remarks, outputs
 
 
 def chosen_rows(runs):
-    """In each seed the row with the best validation score, among trained and among untrained rows.
+    """{title: row with the best validation score in each seed}, among trained and among untrained rows.
 
-    runs {row: [(validation score, predictions) of each seed]} -> {title: (rows, predictions)}, one of each per seed.
+    runs {row: [(validation score, ...) of each seed]}.
     """
-    untrained_rows = [name for name in runs if name.startswith("untrained ")]
-    trained_rows = [name for name in runs if not name.startswith(("raw", "untrained "))]
+    fresh = [name for name in runs if name.startswith("untrained ")]
+    trained = [name for name in runs if name not in fresh and not name.startswith("raw")]
     found = {}
-    for title, names in (("chosen on validation", trained_rows), ("untrained, chosen", untrained_rows)):
+    for title, names in (("chosen on validation", trained), ("untrained, chosen", fresh)):
         if len(names) > 1:
             seeds = range(len(runs[names[0]]))
-            best = [max(names, key=lambda name: runs[name][seed][0]) for seed in seeds]
-            found[title] = best, [runs[best[seed]][seed][1] for seed in seeds]
+            found[title] = [max(names, key=lambda name: runs[name][seed][0]) for seed in seeds]
     return found
+
+
+def text_of(cell):
+    """'52.1 ± 1.0 [48.3 55.9]': a cell in %; nothing for no cell."""
+    if not cell:
+        return ""
+    text = f"{100 * cell['mean']:.1f} ±{100 * cell['std']:4.1f}"
+    return text + " [{:.1f} {:.1f}]".format(*(100 * v for v in cell["interval"])) if "interval" in cell else text
 
 
 def print_table(title, table):
     """Aligned table in %; missing cells stay empty."""
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    lines = {"": dict(zip(columns, columns))}
+    lines = [["", *columns]]
     for name, row in table.items():
-        lines[name] = {}
-        for column, cell in row.items():
-            lines[name][column] = f"{100 * cell['mean']:.1f} ±{100 * cell['std']:4.1f}"
-            if "interval" in cell:
-                lines[name][column] += " [{:.1f} {:.1f}]".format(*(100 * v for v in cell["interval"]))
-    width = max(map(len, lines)) + 2
-    longest = lambda column: max(len(line.get(column, "")) for line in lines.values())
-    wide = {column: max(12, longest(column)) + 2 for column in columns}
+        lines.append([name, *(text_of(row.get(column)) for column in columns)])
+    widths = [max(map(len, texts)) + 2 for texts in zip(*lines)]
     print(f"\n{title}")
-    for name, line in lines.items():
-        print(f"{name:{width}}" + "".join(f"{line.get(column, ''):>{wide[column]}}" for column in columns))
+    for name, *texts in lines:
+        print(name.ljust(widths[0]) + "".join(map(str.rjust, texts, widths[1:])))
 
 
 def publish(source, name, title, table, remarks=()):
@@ -1178,38 +1198,27 @@ def publish(source, name, title, table, remarks=()):
 
 def print_comparison(args):
     """Tables of several runs: for each column, one column a run. Raises InputError for other files."""
-    runs = {}
-    for path in args.tables:
+    tables = {}                                                            # {column: {row: {run: cell}}}
+    for path in map(str, args.tables):
         try:
-            name = Path(path).parent.name
-            runs[str(path) if name in ("", *runs) else name] = json.loads(Path(path).read_text())["rows"]
+            rows = json.loads(Path(path).read_text())["rows"]
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{path}: is not a table written by probe.py") from None
-    columns = [column for rows in runs.values() for row in rows.values() for column in row]
-    for column in dict.fromkeys(columns):
-        merged = {}
-        for run, rows in runs.items():
-            for name, row in rows.items():
-                if column in row:
-                    merged.setdefault(name, {})[run] = dict(mean=row[column]["mean"], std=row[column]["std"])
-        print_table(column, merged)
+        for name, row in rows.items():
+            for column, cell in row.items():
+                tables.setdefault(column, {}).setdefault(name, {})[path] = cell
+    for column, table in tables.items():
+        print_table(column, table)
 
 
-def print_confusion(outputs, truth, names):
-    """How often a class (line) is taken for another (column) in one seed's test tracks; keys also by relation."""
-    estimate = outputs.argmax(axis=1)
-    counts = np.zeros((len(names), len(names)), int)
-    np.add.at(counts, (truth, estimate), 1)
-    width = max(4, len(str(counts.max())) + 1)
-    label = max(map(len, map(str, names))) + 1
-    print("\n" + " " * label + "".join(f"{str(name)[:width - 1]:>{width}}" for name in names))
-    for name, row in zip(names, counts):
-        print(f"{str(name):{label}}" + "".join(f"{n or '.':>{width}}" for n in row))
-    if names is ALL_KEYS:
-        weight, up = KEY_SCORES["weighted (both)"][truth, estimate], (estimate - truth) % 12
-        relations = {"same": weight == 1, "fifth above": (weight == 0.5) & (up == 7), "relative": weight == 0.3,
-                     "fifth below": (weight == 0.5) & (up == 5), "parallel": weight == 0.2, "other": weight == 0}
-        print(", ".join(f"{name} {100 * hit.mean():.1f} %" for name, hit in relations.items()))
+def confusion_lines(target, outputs, tracks):
+    """How often a class (line) is taken for another (column) among some tracks."""
+    counts = np.zeros((len(target.names), len(target.names)), int)
+    np.add.at(counts, (target.truth[tracks], outputs.argmax(axis=1)), 1)
+    lines = ["confusion: true class (line), predicted class (column)"]
+    for name, row in zip(["", *target.names], [target.names, *counts]):
+        lines.append(f"{name!s:20}" + "".join(f"{str(cell)[:4]:>5}" for cell in row))
+    return lines
 
 
 # ---------------------------------------------------------------- zero-shot key
@@ -1256,12 +1265,13 @@ def calibrate(model, device):
     return sum(key.roll(-signature) for key, signature in zip(keys, signatures)).argmax().item()
 
 
-def key_probabilities(model, tracks, device):
+def key_probabilities(model, tracks, device, turn=None):
     """Zero-shot key probabilities, (tracks, 12 signatures or 24 keys as in ALL_KEYS), calibrated.
 
-    12: index = tonic of the major key with that signature (0 = C).
+    12: index = tonic of the major key with that signature (0 = C). turn: what `calibrate` returned, if it is known.
     """
-    keys = transpose(key_outputs(model, tracks, device), -calibrate(model, device))
+    turn = calibrate(model, device) if turn is None else turn
+    keys = transpose(key_outputs(model, tracks, device), -turn)
     return torch.cat([keys[:, :12], keys[:, 12:].roll(9, dims=1)], dim=1)  # output 12 + q is the relative minor of q
 
 
@@ -1271,20 +1281,20 @@ def template_rows(tracks):
     return torch.cat([template_keys(cqt[None]) for cqt in cqts]).numpy()
 
 
-def zero_shot(model, tracks, device, truth, tests):
+def zero_shot(model, songs, device, truth, splits=None):
     """Table of the key token, its untrained version and the template, without a probe.
 
-    truth (tracks,) keys 0..23; tests: numbers of the test tracks, one array per seed.
+    truth (songs,) keys 0..23; splits: by default every song is a test song.
     """
-    rows = {"key template": template_rows(tracks)}
+    splits = splits or [((), (), np.arange(len(songs)))]
+    rows, table = {"key template": template_rows(songs)}, {}
     if name := model.key_token():
         for prefix, network in (("", model), ("untrained ", untrained(model, device))):
-            rows[f"{prefix}{name} zero-shot"] = key_probabilities(network, tracks, device).numpy()
-    table, fixed = {}, all(np.array_equal(test, tests[0]) for test in tests)
+            rows[f"{prefix}{name} zero-shot"] = key_probabilities(network, songs, device).numpy()
     for name, outputs in rows.items():
         names = KEY_SCORES if outputs.shape[1] == 24 else ("signature", "KSEA")  # 12 outputs have no mode
         metrics = {metric: Keys.metrics[metric] for metric in names}
-        table[name] = cells_of(metrics, [outputs[test] for test in tests], [truth[test] for test in tests], fixed)
+        table[name] = cells_of(metrics, [outputs[test] for _, _, test in splits], np.array(truth), splits)
     return table
 
 
@@ -1376,21 +1386,21 @@ def draw_front_end(plt, frames):
     draw_image(figure, cqt, part[:N_BINS], left, right, "CQT, one bin a semitone, and the crops of two views",
                "level, dB", cmap="magma")
     for crop, colour in ((1, "cyan"), (MAX_CROP - 1, "lime")):
-        cqt.add_patch(plt.Rectangle((left + 0.02 * crop, crop - 0.5), right - left - 0.04 * crop, CROP_BINS, fill=False,
-                                    ec=colour, lw=2, label=f"crop {crop}"))
+        cqt.axhspan(crop - 0.5, crop + CROP_BINS - 0.5, fill=False, ec=colour, lw=2, label=f"crop {crop}")
     cqt.legend()
-    octaves = range(round(12 * np.log2(440 / FMIN)) - 45, N_BINS, 12)      # bins of C1, C2 ...: 45 semitones below A4
+    octaves = range(3, N_BINS, 12)                                         # the lowest bin is an A
     cqt.set(yticks=octaves, yticklabels=[f"C{i + 1}" for i in range(len(octaves))], ylabel="note")
     draw_image(figure, mel, part[N_BINS:], left, right, "Mel spectrogram: never cropped", "level, dB", cmap="magma")
     mel.set(ylabel="mel band", xlabel="time, s")
     return figure
 
 
-def draw_key(plt, course):
-    """Key signatures over time on the circle of fifths. course (windows, 12)."""
-    seconds, best = SEGMENT * FRAME_SECONDS, course.argmax(dim=1).tolist()
+def draw_key(plt, keys):
+    """Key signatures of windows on the circle of fifths. keys (windows, 12 signatures or 24 keys)."""
+    signatures = keys[:, :12] + (keys[:, 12:].roll(3, dims=1) if keys.shape[1] == 24 else 0)      # (windows, 12)
+    seconds, best = SEGMENT * FRAME_SECONDS, signatures.argmax(dim=1).tolist()
     figure, axes = plt.subplots(figsize=(11, 4.5))
-    draw_image(figure, axes, course[:, FIFTHS].T.numpy(), 0, len(best) * seconds,
+    draw_image(figure, axes, signatures[:, FIFTHS].T.numpy(), 0, len(best) * seconds,
                "Zero-shot key signature of each 4 s (dot: the most probable)", "probability", cmap="Blues")
     axes.plot((np.arange(len(best)) + 0.5) * seconds, [FIFTHS.index(k) for k in best], ".", color="crimson", ms=5)
     axes.set(yticks=range(12), yticklabels=FIFTH_NAMES, xlabel="time, s", ylabel="key signature, by fifths")
@@ -1413,14 +1423,14 @@ def draw_attention(plt, names, attention, envelope, r, start):
     return figure
 
 
-def draw_similarity(plt, matrices, seconds):
-    """matrices {title: (cells, cells)}, seconds of a cell."""
-    figure, panels = plt.subplots(1, len(matrices), figsize=(4 * len(matrices), 4.6), sharey=True)
-    for axes, (title, matrix) in zip(panels, matrices.items()):
-        end = len(matrix) * seconds
-        drawn = axes.imshow(matrix.numpy(), origin="lower", cmap="RdBu_r", vmin=-1, vmax=1, extent=(0, end, 0, end))
-        axes.set(title=title, xlabel="time, s")
-    figure.colorbar(drawn, ax=panels, label="cosine, mean of the song removed", pad=0.01)
+def draw_similarity(plt, rows):
+    """Self-similarity of the features {title: (frames, dim)} of one song, in cells of half a second, or a thousand."""
+    figure, panels = plt.subplots(1, len(rows), figsize=(4.5 * len(rows), 4))
+    for axes, (title, x) in zip(panels, rows.items()):
+        size = max(16, len(x) // 1000)                                     # frames of a cell
+        draw_image(figure, axes, self_similarity(x, size).numpy(), 0, len(x) * FRAME_SECONDS, title,
+                   "cosine, mean of the song removed", cmap="RdBu_r", vmin=-1, vmax=1)
+        axes.set(xlabel="time, s", yticks=[])
     return figure
 
 
@@ -1475,14 +1485,18 @@ def open_frames_model(args):
     return path, model
 
 
+def songs_of(store):
+    return [store.track(i) for i in range(len(store.paths))]
+
+
 def synth_tracks(**parts):
-    """The first songs of some parts of the embedded set, as train=64: (store, track numbers, tracks)."""
-    store, numbers, tracks = prepare_synth(), [], []
+    """The first songs of some parts of the embedded set, as train=64: ([(frames, 224) uint8], tracks)."""
+    store, songs, tracks = prepare_synth(), [], []
     for part, count in parts.items():
         for i in SYNTH_SPLITS[part][:count]:
-            numbers.append(i)
+            songs.append(store.track(i))
             tracks.append(Track(store.paths[i], None, compose(i), part, str(i)))
-    return store, np.array(numbers), tracks
+    return songs, tracks
 
 
 def tracks_of(args):
@@ -1508,14 +1522,13 @@ def tracks_of(args):
 
 
 def open_tracks(name, tracks):
-    """Prepare the audio of `tracks`, broken files left out: (store, its track numbers, the tracks that are there)."""
+    """Prepare the audio of `tracks`, broken files left out: ([(frames, 224) uint8], the tracks that are there)."""
     files = {t.name: t.path for t in tracks if t.path}
     where = "|".join(sorted({str(path.resolve().parent) for path in files.values()}))
-    digest = hashlib.sha256(where.encode()).hexdigest()[:8]
-    store = prepare_files(sorted(files.items()), Path("data") / f"{name}-{digest}")
+    store = prepare_files(sorted(files.items()), Path("data") / f"{name}-{hashed(where, 16 ** 8):08x}")
     number = {name: i for i, name in enumerate(store.paths)}
-    kept = [t for t in tracks if t.path and t.name in number]
-    return store, np.array([number[t.name] for t in kept]), kept
+    kept = [t for t in tracks if t.name in number]
+    return [store.track(number[t.name]) for t in kept], kept
 
 
 def open_features(path, tracks, per_frame):
@@ -1575,23 +1588,6 @@ def counts_line(args, tracks, kept):
 # ---------------------------------------------------------------- commands
 
 
-def probe_targets(items, tracks, targets, grid=False, shares=(), seeds=SEEDS, **config):
-    """Probe all targets {label: kind}: (table, remarks, {label: (predictions of the first split, truth, names)})."""
-    splits, table, remarks, predictions = splits_of(tracks)[:seeds], {}, [], {}
-    for label, kind in targets.items():
-        target = TARGETS[kind]([t.labels[label] for t in tracks], items)
-        found, more, first = probe_rows(items, target, splits, grid, shares, label, **config)
-        add_columns(table, found, f"{label} " if len(targets) > 1 else "")
-        remarks += [f"{label}: {len(target.names)} outputs", *more]
-        predictions[label] = first, target.truth[splits[0][2]], target.names
-    return table, remarks, predictions
-
-
-def add_columns(table, more, prefix=""):
-    """Put the columns of a table into another one, row by row."""
-    for name, row in more.items():
-        table.setdefault(name, {}).update({prefix + column: cell for column, cell in row.items()})
-
 
 def run_task(args):
     """One task from files to table."""
@@ -1603,24 +1599,21 @@ def run_task(args):
         items, kept = open_features(source, tracks, per_frame)
     else:
         source, model = open_model(args)
-        store, numbers, kept = open_tracks(args.task, tracks)
-        items = all_items(model, store, numbers, args.device, layers_of(args, model), per_frame)
+        songs, kept = open_tracks(args.task, tracks)
+        items = all_items(model, songs, args.device, layers_of(args, model), per_frame)
         if kind == "key":
-            truth = np.array([t.labels[label] for t in kept])
-            tests = [test for _, _, test in splits_of(kept)]
-            shot = zero_shot(model, [store.track(i) for i in numbers], args.device, truth, tests)
+            shot = zero_shot(model, songs, args.device, [t.labels[label] for t in kept], splits_of(kept))
     if args.confusion and (args.confusion not in items.rows or kind not in ("class", "unbalanced", "key")):
         raise InputError(f"--confusion {args.confusion}: give a row of a task with classes: {', '.join(items.rows)}")
-    table, remarks, predictions = probe_targets(items, kept, targets, args.grid, args.shares)
-    add_columns(table, shot)
     splits = splits_of(kept)
+    table, remarks = probe_targets(items, kept, targets, None, args.grid, args.shares, args.confusion)
+    add_columns(table, shot)
     sizes = ", ".join(f"{len(part)} {which}" for part, which in zip(splits[0], ("train", "valid", "test")))
     title = (f"{args.task}: {source}\n{counts_line(args, tracks, kept)}\nprotocol {'grid' if args.grid else 'linear'}, "
              f"{len(splits)} {'folds' if isinstance(kept[0].split, int) else 'seeds'}; split of the first: {sizes}; "
              f"{len({t.group for t in kept})} groups; in %, mean ± deviation [95 % interval over tracks]")
     publish(source, file_name(args, label), title, table, remarks)
-    for rows, truth, names in predictions.values() if args.confusion else ():
-        print_confusion(rows[args.confusion], truth, names)
+
 
 
 def file_name(args, label):
@@ -1649,25 +1642,25 @@ SYNTH_COLUMNS = ("key signature", "key weighted @12.5 %", "key accuracy", "instr
 
 def synth_table(model, device):
     """All tasks of the embedded songs, as one table."""
-    store, numbers, tracks = synth_tracks(train=512, valid=128, test=256)
-    items = all_items(model, store, numbers, device)
+    songs, tracks = synth_tracks(train=512, valid=128, test=256)
+    items = all_items(model, songs, device)
     shown = [*model.tokens[:model.class_token_count], "sequence mean"]  # the other readouts take as long as these
     shown += [f"untrained {name}" for name in shown] + ["raw"]
     items = items._replace(rows={name: items.rows[name] for name in shown})
-    targets = {"key": "key", "instrument": "class"}
-    table, _, _ = probe_targets(items, tracks, targets, shares=(0.125,), steps=SYNTH_STEPS)
+    table, _ = probe_targets(items, tracks, {"key": "key", "instrument": "class"}, shares=(0.125,), steps=SYNTH_STEPS)
     test = splits_of(tracks)[0][2]
     first, last = np.searchsorted(items.owner, test), np.searchsorted(items.owner, test, side="right") - 1
     for name, x in items.rows.items():  # first and last window of each test track
         table[name]["retrieval"] = mean_of(retrieval(x[first], x[last]))
-    _, some, parts = synth_tracks(train=96, valid=32, test=64)
-    frames = all_items(model, store, some, device, per_frame=True)
-    chords, _, _ = probe_targets(frames, parts, {"chords": "chords"}, seeds=1)
-    add_columns(table, chords, "chords ")
-    songs, truth = [store.track(i) for i in numbers[test]], np.array([tracks[i].labels["key"] for i in test])
-    add_columns(table, zero_shot(model, songs, device, truth, [np.arange(len(test))]), "key ")
-    columns = lambda row: {column: row[column] for column in SYNTH_COLUMNS if column in row}
-    return {name: columns(row) for name, row in table.items()}
+    some, parts = synth_tracks(train=96, valid=32, test=64)
+    frames = all_items(model, some, device, per_frame=True)
+    add_columns(table, probe_targets(frames, parts, {"chords": "chords"}, runs=1)[0], "chords ")
+    keys = [tracks[i].labels["key"] for i in test]
+    add_columns(table, zero_shot(model, [songs[i] for i in test], device, keys), "key ")
+    shown = {}
+    for name, row in table.items():
+        shown[name] = {column: row[column] for column in SYNTH_COLUMNS if column in row}
+    return shown
 
 
 def print_synth(checkpoint, device):
@@ -1685,11 +1678,6 @@ def name_of(probabilities):
     return f"{full(best)}{relative} ({100 * probabilities[best]:.0f} %)"
 
 
-def clock(seconds):
-    """75.2 -> '1:15'."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
 def print_key(args):
     """Zero-shot key of songs, also per 16 s; with a CSV of keys, its scores."""
     path, model = open_model(args)
@@ -1697,8 +1685,8 @@ def print_key(args):
         raise InputError(f"{path}: has no key token; train one with --tokens cpsd,ntxent or skey,ntxent")
     if args.keys:
         return score_keys(args, path, model)
-    front_end, piece, failed = FrontEnd(), 4 * SEGMENT, []
-    files = []
+    front_end, turn, piece = FrontEnd(), calibrate(model, args.device), 4 * SEGMENT
+    files, readable = [], 0
     for song in args.songs:
         files += [song] if Path(song).is_file() else [path for _, path in find_audio([song])]
     for file in files:
@@ -1706,93 +1694,84 @@ def print_key(args):
             frames = audio_to_frames(read_audio(file), front_end)
         except InputError as error:
             print(f"skipped {error}")
-            failed.append(file)
             continue
+        readable += 1
         parts = [frames[i:i + piece] for i in range(0, max(1, len(frames) - SEGMENT), piece)]
-        keys = key_probabilities(model, [frames, *parts], args.device)
+        keys = key_probabilities(model, [frames, *parts], args.device, turn)
         print(f"{file}: {name_of(keys[0])}")
         for i, key in enumerate(keys[1:] if len(parts) > 2 else []):
-            print(f"    {clock(i * piece * FRAME_SECONDS)}  {name_of(key)}")
-    if len(failed) == len(files):
-        raise InputError(f"none of {len(failed)} files could be read as audio; see the lines above")
+            seconds = int(i * piece * FRAME_SECONDS)
+            print(f"    {seconds // 60}:{seconds % 60:02d}  {name_of(key)}")
+    if not readable:
+        raise InputError(f"none of {len(files)} files could be read as audio; see the lines above")
 
 
 def score_keys(args, path, model):
     """Table of zero-shot keys against those of a CSV: the network, the untrained one and the template."""
     store = prepare_folders(args.songs)
-    labels = read_labels(args.keys, "key", store.paths)
-    keys = [parse_key(labels.get(p, "")) for p in store.paths]
-    found = [i for i, key in enumerate(keys) if key is not None]
-    if not found:
+    labels, truth = read_labels(args.keys, "key", store.paths), {}
+    for i, name in enumerate(store.paths):
+        key = parse_key(labels.get(name, ""))
+        if key is not None:
+            truth[i] = key
+    if not truth:
         raise InputError(f"{args.keys}: no row names a single key of a file below {' '.join(args.songs)}")
-    truth, everything = np.array([keys[i] for i in found]), np.arange(len(found))
-    table = zero_shot(model, [store.track(i) for i in found], args.device, truth, [everything])
+    table = zero_shot(model, [store.track(i) for i in truth], args.device, list(truth.values()))
     title = (f"zero-shot key, {len(truth)} tracks ({len(labels) - len(truth)} name no single key), in % [95 % "
              "bootstrap interval]\nsignature: relatives count; KSEA: half for a fifth; weighted: MIREX, ascending")
     publish(path, f"key-{Path(args.songs[0]).resolve().name}", title, table)
 
 
-def embeddings(model, store, numbers, device, windows=False):
-    """{row: (tracks, dim)}: class tokens and sequence mean, mean over the windows of each track of a store.
+def embeddings(model, songs, device, windows=False):
+    """{row: (tracks, dim)}: class tokens and sequence mean, mean over the windows of songs [(frames, 224) uint8].
 
     windows: {row: (windows, dim)} of every window, with `track` (windows,) its number and `time` (windows,) in seconds.
     """
-    items = extract(model, [store.track(i) for i in numbers], device, progress="embedding")
+    items = extract(model, songs, device, progress="embedding")
     names = [*model.tokens[:model.class_token_count], "sequence mean"]
     rows = {name: items.rows[name].float() for name in names}
     if windows:
         return rows | dict(track=items.owner, time=items.time)
-    return {name: track_mean(x, items.owner, np.arange(len(numbers))) for name, x in rows.items()}
+    return {name: track_mean(x, items.owner, np.arange(len(songs))) for name, x in rows.items()}
 
 
 def write_embeddings(args):
     """Class tokens and the sequence mean of every track below the folders, or of every 4 s window, as an npz."""
     (_, model), store = open_model(args), prepare_folders(args.folders)
-    numbers = np.arange(len(store.paths))
-    arrays = embeddings(model, store, numbers, args.device, args.windows)
+    arrays = embeddings(model, songs_of(store), args.device, args.windows)
     arrays = {name: np.asarray(x) for name, x in arrays.items()}
     arrays["sequence"] = arrays.pop("sequence mean")
     file = io.BytesIO()
     np.savez(file, paths=np.array(store.paths), **arrays)
     write_atomic(args.out, file.getbuffer())
     shapes = ", ".join(f"{name} {x.shape}" for name, x in arrays.items())
-    print(f"{args.out}: {shapes} of {len(numbers)} tracks; {len(store.skipped)} files skipped, "
+    print(f"{args.out}: {shapes} of {len(store.paths)} tracks; {len(store.skipped)} files skipped, "
           f"{store.folder}/index.jsonl has the reasons")
 
 
 def print_show(args):
-    """Look inside one song: key over time, attention of the class tokens, self-similarity; lines and four figures."""
+    """Look inside one song: correlation of attention and onsets, and figures where matplotlib is installed."""
     _, model = open_frames_model(args)
     frames, depth = audio_to_frames(read_audio(args.song), FrontEnd()), model.config["depth"]
     if len(frames) < SEGMENT:
         raise InputError(f"{args.song}: is shorter than one window of 4 s; give a longer recording")
-    plt, figures, layers = pyplot(), {}, sorted({1, (1 + depth) // 2, depth})
-    if model.key_token():
-        windows = [frames[start:stop] for start, stop in cut_windows(len(frames))]
-        keys = key_probabilities(model, windows, args.device)                        # (windows, 12 or 24)
-        course = keys[:, :12] + (keys[:, 12:].roll(3, dims=1) if keys.shape[1] == 24 else 0)      # (windows, 12)
-        best = course.argmax(dim=1).tolist()
-        for i, (before, now) in enumerate(zip([None, *best], best)):
-            if now != before:
-                print(f"    {clock(i * SEGMENT * FRAME_SECONDS)}  {name_of(course[i])}")
-        figures["key"] = plt and draw_key(plt, course)
     weights = class_attention(model, [frames], args.device).mean(dim=3)              # (windows, layers, tokens, 126)
     envelope = onset_windows([frames])                                               # (windows, 126)
     r = correlations(weights, envelope[:, None, None]).mean(dim=0)                   # (layers, tokens)
     for t, name in enumerate(model.tokens):
         print(f"{name}: correlation of its attention with onsets, by layer: {' '.join(f'{v:.2f}' for v in r[:, t])}")
+    plt, rows = pyplot(), {}
     if plt is None:
         return
-    rows = {}
     for network in (None, model):
-        rows |= extract(network, [frames], args.device, layers, per_frame=True).rows
-    size = max(16, len(frames) // 1000)                                              # half a second, more in long songs
-    matrices = {name: self_similarity(x, size) for name, x in rows.items()}
+        rows |= extract(network, [frames], args.device, sorted({1, (1 + depth) // 2, depth}), per_frame=True).rows
     first = max(0, len(weights) // 2 - 2)
     middle, begin = slice(first, first + 4), first * SEGMENT * FRAME_SECONDS
-    figures["frontend"] = draw_front_end(plt, frames)
-    figures["attention"] = draw_attention(plt, model.tokens, weights[middle], envelope[middle], r, begin)
-    figures["similarity"] = draw_similarity(plt, matrices, size * FRAME_SECONDS)
+    figures = {"frontend": draw_front_end(plt, frames), "similarity": draw_similarity(plt, rows),
+               "attention": draw_attention(plt, model.tokens, weights[middle], envelope[middle], r, begin)}
+    if model.key_token():
+        windows = [frames[start:stop] for start, stop in cut_windows(len(frames))]
+        figures["key"] = draw_key(plt, key_probabilities(model, windows, args.device))
     for name, figure in figures.items():
         save_figure(plt, figure, Path(args.out or f"{Path(args.song).stem}-figures") / f"{name}.png")
 
@@ -1801,57 +1780,56 @@ def print_map(args):
     """PCA of tracks by each class token: a folder's, trained above untrained, or the embedded songs, by two labels."""
     if args.keys and not args.data:
         raise InputError("--keys: are the keys of the songs in --data; give both, or neither for the embedded songs")
-    (_, model), plt = open_model(args), pyplot()
+    (_, model), plt, rows = open_model(args), pyplot(), []
     circle = lambda key: "?" if key is None else FIFTH_NAMES[FIFTHS.index(SIGNATURES[key])]
+    networks = {"": model}
     if args.data:
-        store, by = prepare_folders([args.data]), "key" if args.keys else "folder"
-        numbers = np.arange(len(store.paths))
-        keys = read_labels(args.keys, "key", store.paths) if args.keys else {}
-        folders = [Path(p).parts[1] if len(Path(p).parts) > 2 else "." for p in store.paths]
-        labels = [circle(parse_key(keys.get(p, ""))) for p in store.paths] if args.keys else folders
+        networks["untrained "], store = untrained(model, args.device), prepare_folders([args.data])
+        songs, labels = songs_of(store), {}
+        if args.keys:
+            keys = read_labels(args.keys, "key", store.paths)
+            labels["key"] = [circle(parse_key(keys.get(name, ""))) for name in store.paths]
+        else:
+            labels["folder"] = [Path(p).parts[1] if len(Path(p).parts) > 2 else "." for p in store.paths]
     else:
-        store, numbers, songs = synth_tracks(test=256)
-        labels, by = [circle(song.labels["key"]) for song in songs], "key"
-    if len(numbers) < 3:
-        raise InputError(f"{args.data}: a map needs at least three tracks, here are {len(numbers)}")
-    found = embeddings(model, store, numbers, args.device)
-    if len(found) > 1:
-        del found["sequence mean"]
-    if args.data:
-        fresh = embeddings(untrained(model, args.device), store, numbers, args.device)
-        second = {f"untrained {name}": fresh[name] for name in found}, labels, by
-    else:
-        second = found, [TIMBRES[song.labels["instrument"]] for song in songs], "instrument"
+        songs, tracks = synth_tracks(test=256)
+        labels = {"key": [circle(t.labels["key"]) for t in tracks],
+                  "instrument": [TIMBRES[t.labels["instrument"]] for t in tracks]}
+    if len(songs) < 3:
+        raise InputError(f"{args.data}: a map needs at least three tracks, here are {len(songs)}")
+    for prefix, network in networks.items():
+        found = embeddings(network, songs, args.device)
+        if len(found) > 1:
+            del found["sequence mean"]
+        panels = {prefix + name: x for name, x in found.items()}
+        rows += [(panels, values, by) for by, values in labels.items()]
     if plt:
-        save_figure(plt, draw_map(plt, [(found, labels, by), second]), args.out)
+        save_figure(plt, draw_map(plt, rows), args.out)
 
 
 def print_emergence(args):
     """Linear probes of chords and beats on the sequence tokens of every layer, and class attention against onsets."""
     path, model = open_frames_model(args)
-    layers, table, songs = list(range(model.config["depth"] + 1)), {}, []
+    layers, table, count = list(range(model.config["depth"] + 1)), {}, sum(EMERGENCE_SONGS.values())
+    songs = []
     for kind in ("chords", "beats"):
         if args.data:
-            tracks = [t for t in TASKS[kind].read(Files([args.data])) if t.path]
-            tracks = sorted(tracks, key=lambda t: hashed(t.name, 1 << 32))[:sum(EMERGENCE_SONGS.values())]
+            tracks = [t._replace(split=None) for t in TASKS[kind].read(Files([args.data])) if t.path]
             if not tracks:
                 continue
-            store, numbers, tracks = open_tracks(kind, [t._replace(split=None) for t in tracks])
+            songs, tracks = open_tracks(kind, sorted(tracks, key=lambda t: hashed(t.name, 1 << 32))[:count])
         else:
-            store, numbers, tracks = synth_tracks(**EMERGENCE_SONGS)
-        items = all_items(model, store, numbers, args.device, layers, per_frame=True)
-        found, _, _ = probe_targets(items, tracks, {kind: kind}, seeds=1)
-        add_columns(table, found, f"{kind} ")
-        songs = [store.track(i) for i in numbers]
+            songs, tracks = synth_tracks(**EMERGENCE_SONGS)
+        items = all_items(model, songs, args.device, layers, per_frame=True)
+        add_columns(table, probe_targets(items, tracks, {kind: kind}, runs=1)[0], f"{kind} ")
     if not songs:
         print("no .lab (chords) or .beats files beside the songs: onsets alone, which need no labels")
-        store = prepare_folders([args.data])
-        songs = [store.track(i) for i in range(min(len(store.paths), sum(EMERGENCE_SONGS.values())))]
+        songs = songs_of(prepare_folders([args.data]))[:count]
     songs = [song for song in songs if len(song) >= SEGMENT]
     if not songs:
         raise InputError(f"{args.data}: every song is shorter than one window of 4 s; give longer recordings")
-    add_columns(table, attention_to_onsets(model, songs, args.device))
-    add_columns(table, attention_to_onsets(untrained(model, args.device), songs, args.device, "untrained "))
+    for prefix, network in (("", model), ("untrained ", untrained(model, args.device))):
+        add_columns(table, attention_to_onsets(network, songs, args.device, prefix))
     title = (f"emergence: {path} on {len(songs)} songs, in %; chords and beats: linear probe on sequence tokens\n"
              "~ onsets: 100 r of class-token attention with the onset envelope, over windows")
     name = f"emergence-{Path(args.data).resolve().name}" if args.data else "emergence"

@@ -36,7 +36,7 @@ def main():
     (_, model), names, vectors, owners = probe.open_model(args), [], [], []
     for store in data.open_data(args.data):
         long = np.flatnonzero(store.lengths >= data.SEGMENT)
-        items = probe.embeddings(model, store, long, args.device, windows=True)
+        items = probe.embeddings(model, [store.track(i) for i in long], args.device, windows=True)
         parts = [F.normalize(items[name], dim=1) for name in model.tokens]
         vectors.append(F.normalize(torch.cat(parts, dim=1), dim=1))
         owners.append(items["track"] + len(names))

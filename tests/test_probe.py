@@ -165,13 +165,13 @@ def test_features_do_not_depend_on_the_batch(monkeypatch):
 
 def test_items_of_a_store_have_both_networks_raw_owners_and_times(songs):
     net = network()
-    items = probe.all_items(net, songs, np.array([2, 1]), "cpu")
+    items = probe.all_items(net, [songs.track(2), songs.track(1)], "cpu")
     assert items.owner.tolist() == [0, 0, 1] and items.time.tolist() == [0, 126 * probe.FRAME_SECONDS, 0]
     assert len(items.rows) == 16 and all(len(x) == 3 for x in items.rows.values())
     fresh = by_hand(probe.untrained(net, "cpu"), songs.track(2)[126:], 2)
     same(items.rows["untrained ntxent"][1].float(), fresh[1], 3e-3)
     torch.nn.Linear(48, 2)(items.rows["concat"].float()).sum().backward()                         # may be trained on
-    items = probe.all_items(net, songs, np.array([0, 1]), "cpu", per_frame=True)
+    items = probe.all_items(net, [songs.track(0), songs.track(1)], "cpu", per_frame=True)
     assert list(items.rows) == ["sequence", "untrained sequence", "raw"]
     assert items.owner.tolist() == [0] * 130 + [1] * 40
     assert items.time[131] == probe.FRAME_SECONDS and items.rows["raw"].shape == (170, 212)
@@ -329,7 +329,7 @@ def test_each_fold_has_a_choice_without_its_test_tracks(monkeypatch):
         return dict(LINEAR, steps=0)
 
     monkeypatch.setattr(probe, "choose", choose)
-    probe.probe_rows(items, probe.Classes(y.tolist(), items), splits, grid=True)
+    probe.probe_rows(items.rows, probe.Classes(y.tolist(), items), splits, grid=True, shares=())
     assert len(seen) == 5 and all(not used & set(test) for used, (_, _, test) in zip(seen, splits))
 
 
@@ -342,18 +342,19 @@ def test_every_row_metric_and_share_has_a_cell():
     items, y = problem(tracks=50, spread=0.5)
     x, tracks = items.rows["x"], genre_tracks(y)
     items = items._replace(rows={"good": x * 5, "bad": x * 0})
-    table, remarks, first = probe.probe_targets(items, tracks, {"genre": "unbalanced"}, shares=[0.25], steps=128)
+    table, remarks = probe.probe_targets(items, tracks, {"genre": "unbalanced"}, shares=[0.25], confusion="good", steps=128)
     assert list(table) == ["good", "bad", "chosen on validation", "chance"]
     accuracy, mean, share = table["good"]
     assert (accuracy, mean, share) == ("accuracy", "class mean", "accuracy @25 %")
     good, bad = table["good"]["accuracy"], table["bad"]["accuracy"]
     assert good["mean"] > 0.9 > bad["mean"] and good["interval"][0] <= good["scores"][0] <= good["interval"][1]
     assert len(table["good"][share]["scores"]) == 5 and "interval" not in table["good"]["class mean"]
-    assert remarks == ["genre: 3 outputs", "chosen on validation: " + ", ".join(["good"] * 5)]
+    assert remarks[:2] == ["genre: 3 outputs", "chosen on validation: " + ", ".join(["good"] * 5)]
     assert table["chance"]["class mean"]["mean"] == pytest.approx(1 / 3)
-    predictions, truth, names = first["genre"]
-    assert names == ["a", "b", "c"] and len(truth) == len(probe.splits_of(tracks)[0][2])
-    assert probe.accuracy(predictions["good"], truth) == good["scores"][0]
+    names, *counts = [line.split() for line in remarks[3:]]
+    assert names == list("abc") == [line[0] for line in counts]
+    counts = np.array([line[1:] for line in counts], int)
+    assert counts.sum() == len(probe.splits_of(tracks)[0][2]) and counts.trace() / counts.sum() == good["scores"][0]
 
 
 def test_a_row_is_chosen_by_validation_and_not_by_the_test():
@@ -364,7 +365,7 @@ def test_a_row_is_chosen_by_validation_and_not_by_the_test():
     tested = np.isin(items.owner, np.flatnonzero([t.split == "test" for t in tracks]))
     false[tested] = noise[tested]
     rows = {"false": 5 * false, "honest": x + noise, "untrained a": noise, "untrained b": 5 * x, "raw": 9 * x}
-    table, remarks, _ = probe.probe_targets(items._replace(rows=rows), tracks, {"genre": "class"}, steps=128)
+    table, remarks = probe.probe_targets(items._replace(rows=rows), tracks, {"genre": "class"}, steps=128)
     assert table["false"]["accuracy"]["mean"] < table["honest"]["accuracy"]["mean"]
     assert table["chosen on validation"] == table["false"] and table["untrained, chosen"] == table["untrained b"]
     assert remarks[1:] == ["chosen on validation: " + ", ".join(["false"] * 5),
@@ -390,22 +391,24 @@ def clips():
 
 
 def test_beats_are_counted_per_track(clips):
-    table, _, _ = probe.probe_targets(*clips, {"beats": "beats"}, steps=96, lr=0.1)
+    table, _ = probe.probe_targets(*clips, {"beats": "beats"}, steps=96, lr=0.1)
     assert list(table["noise"]) == ["F", "F (pooled)"] and len(table["noise"]["F"]["scores"]) == 5
     assert table["marked"]["F"]["mean"] > 0.8 > table["noise"]["F"]["mean"] and table["chance"]["F"]["mean"] == 0
 
 
 def test_the_beat_threshold_is_selected_without_the_test_tracks(clips):
     """With other beats in the test tracks as many are estimated there."""
-    items, tracks = clips
-    _, _, before = probe.probe_targets(items, tracks, {"beats": "beats"}, steps=32)
-    for track in tracks:
-        if track.split == "test":
-            track.labels["beats"] = [0.2 * k + 0.1 for k in range(20)]
-    _, _, after = probe.probe_targets(items, tracks, {"beats": "beats"}, steps=32)
-    for name, counts in before["beats"][0].items():
-        assert np.array_equal(counts[:, 1], after["beats"][0][name][:, 1])
-        assert not np.array_equal(counts[:, 2], after["beats"][0][name][:, 2])
+    (items, tracks), found = clips, []
+    for _ in range(2):
+        target = probe.Beats([t.labels["beats"] for t in tracks], items)
+        found.append(probe.probe_rows(items.rows, target, probe.splits_of(tracks)[:1], False, (), steps=32)[2])
+        for track in tracks:
+            if track.split == "test":
+                track.labels["beats"] = [0.2 * k + 0.1 for k in range(20)]
+    before, after = found
+    for name, (counts,) in before.items():
+        assert np.array_equal(counts[:, 1], after[name][0][:, 1])
+        assert not np.array_equal(counts[:, 2], after[name][0][:, 2])
 
 
 def test_frames_without_a_chord_label_are_neither_learnt_nor_scored():
@@ -419,7 +422,7 @@ def test_frames_without_a_chord_label_are_neither_learnt_nor_scored():
     x = torch.from_numpy(np.eye(4)[chords]).float()
     x = x + 0.1 * torch.randn(len(chords), 4, generator=torch.Generator().manual_seed(0))
     items = frame_items(lengths, {"clear": x, "zero": x * 0})
-    table, _, _ = probe.probe_targets(items, tracks, {"chords": "chords"}, steps=96, lr=0.1)
+    table, _ = probe.probe_targets(items, tracks, {"chords": "chords"}, steps=96, lr=0.1)
     assert table["clear"]["overlap"]["mean"] == table["clear"]["overlap (pooled)"]["mean"] == 1
     assert table["chance"]["overlap"]["mean"] == pytest.approx(1 / 3)
     assert table["zero"]["overlap"]["mean"] == pytest.approx(1 / 3)
@@ -454,6 +457,14 @@ def test_two_groups_cannot_be_split():
 def test_a_given_split_is_used_as_it_is_by_every_seed():
     splits = probe.splits_of(tracks_with(["test", "train", "valid", "train", "test", "valid", "train"]))
     assert [[part.tolist() for part in split] for split in splits] == [[[1, 3, 6], [2, 5], [0, 4]]] * probe.SEEDS
+
+
+def test_every_fold_is_tested():
+    """Also where there are more than five."""
+    items, y = problem(tracks=21)
+    tracks = [Track(f"{i}", None, {"genre": "abc"[c]}, i % 7, f"{i}") for i, c in enumerate(y)]
+    table, _ = probe.probe_targets(items, tracks, {"genre": "class"}, steps=0)
+    assert len(table["x"]["accuracy"]["scores"]) == 7
 
 
 def test_folds_rotate():
@@ -537,7 +548,7 @@ def test_tables_are_written_and_compared(tmp_path, capsys):
     capsys.readouterr()
     compare(*paths)
     out = capsys.readouterr().out
-    assert re.search(r"first +second\nconcat +25\.0 ± *1\.2 +75\.0 ± *1\.2\n", out)
+    assert re.search(r"first/\S+ +\S+second/\S+\nconcat +25\.0 ± *1\.2 \[\S+ \S+ +75\.0 ± *1\.2 \[", out)
     assert re.search(r"only first +25\.0", out) and re.search(r"only second +75\.0", out)
 
 
@@ -547,15 +558,6 @@ def test_files_that_are_no_tables_are_refused(tmp_path, content):
         (tmp_path / "a.json").write_text(content)
     with pytest.raises(data.InputError, match="a.json"):
         compare(tmp_path / "a.json")
-
-
-def test_confusion_counts_and_names_the_relations_of_keys(capsys):
-    truth, estimate = np.array([0, 0, 0, 21]), np.array([0, 7, 5, 0])
-    probe.print_confusion(np.eye(24)[estimate], truth, probe.ALL_KEYS)
-    out = capsys.readouterr().out
-    assert "same 25.0 %, fifth above 25.0 %, relative 25.0 %, fifth below 25.0 %, parallel 0.0 %, other 0.0 %" in out
-    row = next(line for line in out.splitlines() if line.startswith("C "))
-    assert row.split()[1:9] == ["1", ".", ".", ".", ".", "1", ".", "1"]
 
 
 # ---------------------------------------------------------------- zero-shot key
