@@ -44,7 +44,6 @@ Rows:
 baselines, raw and untrained, count: pooled spectrograms are strong features for a linear layer.
 """
 import argparse
-import csv
 import hashlib
 import io
 import json
@@ -152,9 +151,12 @@ def read_beat_times(path):
 # labels {target: label}; split: "train", "valid", "test", a fold number, or None (then groups become folds). Tracks of one
 # group (an artist, an album) stay on one side. path is None where the audio is missing.
 Track = namedtuple("Track", "name path labels split group")
-# what, obtain, place: for `list` and for the message when files are missing; homes: default folders in datasets/;
-# read(Files) yields Tracks; targets {name: kind in TARGETS}; official: number of tracks; broken: known not to decode.
-Task = namedtuple("Task", "what obtain place homes read targets official broken", defaults=(None, ()))
+# what, needs: for `list` and for the message when files are missing; homes: default folders in datasets/;
+# read(Files) yields Tracks; targets {name: kind in TARGETS}; official: number of tracks.
+Task = namedtuple("Task", "what needs homes read targets official", defaults=(None,))
+# Other names of the parts.
+PARTS = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid", "eval": "test",
+         "evaluation": "test"}
 
 
 class Files:
@@ -172,19 +174,20 @@ class Files:
     def plain(name):
         return name.lower().replace("hip-hop", "hiphop")  # GTZAN has both spellings
 
-    def audio(self, *names):
-        """Path of the audio file with one of these names ("stem" or "folder/stem", any case), or None."""
-        return next((self.by_name[self.plain(name)] for name in names if self.plain(name) in self.by_name), None)
+    def track(self, name, labels, split, group=None, also=()):
+        """Track of the audio file called `name` or one of `also`: "stem" or "folder/stem", any case."""
+        paths = [self.by_name[self.plain(n)] for n in (name, *also) if self.plain(n) in self.by_name]
+        return Track(name, paths[0] if paths else None, labels, PARTS.get(split, split), group or name)
 
     def matching(self, pattern):
         """Sorted paths that the regex finds, with a / before the first folder."""
         return [p for p in self.paths if re.search(pattern, "/" + p.as_posix())]
 
-    def rows(self, *names, delimiter=","):
-        """Rows of the first table found under one of these file names. Raises InputError."""
-        path = next((p for name in names for p in self.paths if p.name == name), None)
+    def rows(self, name, delimiter=","):
+        """Rows of the table with this file name. Raises InputError."""
+        path = next((p for p in self.paths if p.name == name), None)
         if path is None:
-            raise InputError(f"no {' or '.join(names)} below {' or '.join(map(str, self.roots))}")
+            raise InputError(f"no {name} below {' or '.join(map(str, self.roots))}")
         return read_table(path, delimiter)
 
 
@@ -209,15 +212,13 @@ GTZAN_SPLIT = {
 GTZAN_LETTERS = {"t": "train", "v": "valid", "e": "test"}
 GTZAN_PART = {f"{genre}.{i:05d}": GTZAN_LETTERS[letter] for genre, letters in GTZAN_SPLIT.items()
               for i, letter in enumerate(letters) if letter != "."}
-# Other names of the parts.
-PARTS = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid", "eval": "test",
-         "evaluation": "test"}
+BROKEN = ("jazz.00054",)  # does not decode in the copy that circulates
 
 
 def read_gtzan(files):
     """genres/blues/blues.00000.wav or .au; Data/genres_original/...; any folder."""
     for name, part in GTZAN_PART.items():
-        yield Track(name, files.audio(name), {"genre": name.split(".")[0]}, part, name)
+        yield files.track(name, {"genre": name.split(".")[0]}, part)
 
 
 def read_gtzan_key(files):
@@ -225,16 +226,14 @@ def read_gtzan_key(files):
     for path in files.matching(r"\.lerch\.txt$"):
         name, value = path.name.removesuffix(".lerch.txt"), int(path.read_text())
         if value >= 0 and name in GTZAN_PART:
-            key = (value % 12 + 9) % 12 + 12 * (value >= 12)
-            yield Track(name, files.audio(name), {"key": key}, GTZAN_PART[name], name)
+            yield files.track(name, {"key": (value % 12 + 9) % 12 + 12 * (value >= 12)}, GTZAN_PART[name])
 
 
 def giantsteps_test(files):
     """annotations/key/10089.LOFI.key: "D major". 604 tracks."""
-    found = files.matching(r"/annotations/key/[^/]*\.LOFI\.key$")
-    found = [p for p in found if "mtg" not in p.parents[2].name.lower()]
-    for path in found:
-        yield Track(path.stem, files.audio(path.stem), {"key": parse_key(path.read_text())}, "test", path.stem)
+    for path in files.matching(r"/annotations/key/[^/]*\.LOFI\.key$"):
+        if "mtg" not in path.parents[2].name.lower():
+            yield files.track(path.stem, {"key": parse_key(path.read_text())}, "test")
 
 
 def read_giantsteps(files):
@@ -250,24 +249,18 @@ def read_giantsteps(files):
     for row in files.rows("annotations.txt", delimiter="\t"):
         key = parse_key(row["MANUAL KEY"])
         if row["C"] == "2" and key is not None:  # "-", blanks and several keys ("a/b") name no single key
-            name, part = f"{row['ID']}.LOFI", "valid" if valid & artists.get(row["ID"], set()) else "train"
-            yield Track(name, files.audio(name), {"key": key}, part, row["ID"])
+            part = "valid" if valid & artists.get(row["ID"], set()) else "train"
+            yield files.track(f"{row['ID']}.LOFI", {"key": key}, part)
     yield from giantsteps_test(files)
 
 
 def read_fmak(files):
-    """fmakv2.csv or fma_keys_metadata.csv: track_id, key_and_mode; 10 -> 000/000010.mp3. Validation: by artist."""
-    artist = {}
-    for path in files.matching(r"/tracks\.csv$"):  # FMA's metadata, three lines of header
-        with open(path, newline="", encoding="utf-8") as file:
-            above, below, *rows = csv.reader(file)
-        column = list(zip(above, below)).index(("artist", "id"))
-        artist = {row[0]: row[column] for row in rows if len(row) > column}
-    for row in files.rows("fmakv2.csv", "fma_keys_metadata.csv"):
+    """fmakv2.csv: track_id, key_and_mode; 10 -> 000010.mp3. Every tenth artist of FMA's raw_tracks.csv: validation."""
+    artist = {row["track_id"]: row["artist_id"] for row in files.rows("raw_tracks.csv")}
+    for row in files.rows("fmakv2.csv"):
         group = artist.get(row["track_id"], f"track {row['track_id']}")
-        name = f"{int(row['track_id']):06d}"
-        path, labels = files.audio(f"{name[:3]}/{name}", name), {"key": parse_key(row["key_and_mode"])}
-        yield Track(name, path, labels, "valid" if hashed(group, 10) == 0 else "train", group)
+        part = "valid" if hashed(group, 10) == 0 else "train"
+        yield files.track(f"{int(row['track_id']):06d}", {"key": parse_key(row["key_and_mode"])}, part, group)
     yield from giantsteps_test(files)
 
 
@@ -286,10 +279,9 @@ def read_mtt(files, untagged=False):
     for row in files.rows("annotations_final.csv", delimiter="\t"):
         tags = [tag for tag in MTT_TAGS if row[tag] == "1"]
         if row["mp3_path"] and (tags or untagged) and str(int(row["clip_id"])) not in MTT_CORRUPT:
-            folder, stem = row["mp3_path"].split("/")[0], Path(row["mp3_path"]).stem
-            part = "train" if folder in "0123456789ab" else "valid" if folder == "c" else "test"
-            name = f"{folder}/{stem}"
-            yield Track(name, files.audio(name, stem), {"tags": tags}, part, row["clip_id"])
+            name = row["mp3_path"].removesuffix(".mp3")
+            part = "train" if name[0] in "0123456789ab" else "valid" if name[0] == "c" else "test"
+            yield files.track(name, {"tags": tags}, part)
 
 
 def read_emomusic(files):
@@ -297,20 +289,19 @@ def read_emomusic(files):
     means = {row["song_id"]: (float(row["mean_arousal"]), float(row["mean_valence"]))
              for row in files.rows("static_annotations.csv")}
     for row in files.rows("songs_info.csv"):
-        song = row["song_id"]
-        artist = re.sub(" +", " ", re.sub("[^a-z ]", "", row["Artist"].lower())).strip()
-        official = row["Mediaeval 2013 set"] == "evaluation"
-        part = "test" if official else "valid" if hashed(artist, 10) >= 8 else "train"
+        song, part = row["song_id"], row["Mediaeval 2013 set"]
+        artist = " ".join(re.sub("[^a-z ]", "", row["Artist"].lower()).split())
+        if part != "evaluation":
+            part = "valid" if hashed(artist, 10) >= 8 else "train"
         if song in means:
-            yield Track(song, files.audio(song, song.zfill(4)), {"emotion": means[song]}, part, artist)
+            yield files.track(song, {"emotion": means[song]}, part, artist, also=[song.zfill(4)])
 
 
 def read_medleysolos(files):
     """Medley-solos-DB_test-0_UUID.wav; subset and song are columns of Medley-solos-DB_metadata.csv."""
     for row in files.rows("Medley-solos-DB_metadata.csv"):
         name = f"Medley-solos-DB_{row['subset']}-{row['instrument_id']}_{row['uuid4']}"
-        part = PARTS.get(row["subset"], row["subset"])
-        yield Track(name, files.audio(name), {"instrument": row["instrument"]}, part, row["song_id"])
+        yield files.track(name, {"instrument": row["instrument"]}, row["subset"], row["song_id"])
 
 
 def read_nsynth(files):
@@ -319,15 +310,14 @@ def read_nsynth(files):
         for path in files.matching(rf"nsynth-{part}[^/]*/examples\.json$")[:1]:
             for name, note in json.loads(path.read_text()).items():
                 labels = {"instrument": note["instrument_family_str"], "pitch": note["pitch"]}
-                yield Track(name, files.audio(name), labels, part, note["instrument_str"])
+                yield files.track(name, labels, part, note["instrument_str"])
 
 
 def read_tinysol(files):
     """TinySOL_metadata.csv: Path, Fold, Instrument (in full), Pitch ID (MIDI). Five official folds."""
     for row in files.rows("TinySOL_metadata.csv"):
-        stem = Path(row["Path"]).stem
         labels = {"instrument": row["Instrument (in full)"], "pitch": int(row["Pitch ID"])}
-        yield Track(stem, files.audio(stem), labels, int(row["Fold"]), stem)
+        yield files.track(Path(row["Path"]).stem, labels, int(row["Fold"]))
 
 
 def read_tempo(files):
@@ -337,9 +327,9 @@ def read_tempo(files):
         for name in path.read_text().split():
             fold[name.removesuffix(".mp3")] = int(path.stem[4:]) - 1
     for path in files.matching(r"/annotations_v2/tempo/[^/]*\.bpm$"):
-        bpm, stem = float(path.read_text()), path.stem
-        if bpm > 0 and stem in fold:
-            yield Track(stem, files.audio(stem), {"tempo": bpm}, fold[stem], stem)
+        bpm = float(path.read_text())
+        if bpm > 0 and path.stem in fold:
+            yield files.track(path.stem, {"tempo": bpm}, fold[path.stem])
 
 
 def read_chords(files):
@@ -351,14 +341,13 @@ def read_chords(files):
     found = [p for p in found if not {"keylab", "seglab"} & set(p.parts)]
     by_song = len({p.parent for p in found}) < 5
     for path in found:
-        name = f"{path.parent.name}/{path.stem}"
-        names, group = [name, path.stem], path.stem if by_song else str(path.parent)
+        name, also, group = f"{path.parent.name}/{path.stem}", [path.stem], path.stem if by_song else str(path.parent)
         if rwc := re.fullmatch(r"N\d+-M(\d+)-T(\d+)", path.stem):
-            names = [f"rwc-p-m{rwc[1]}/{int(rwc[2])}", f"rwc-p-m{rwc[1]}/{rwc[2]}"]
+            also = [f"rwc-p-m{rwc[1]}/{int(rwc[2])}", f"rwc-p-m{rwc[1]}/{rwc[2]}"]
             group = path.stem
         if lied := re.search(r"D911-\d+", path.stem):
             group = lied[0]
-        yield Track(name, files.audio(*names), {"chords": read_chord_intervals(path)}, None, group)
+        yield files.track(name, {"chords": read_chord_intervals(path)}, None, group, also)
 
 
 BALLROOM_TWICE = {f"Albums-{name}" for name in (
@@ -372,85 +361,80 @@ def read_beats(files):
     found = files.matching(r"\.beats$")
     benchmark = any(p.name.startswith("gtzan_") for p in found)
     for path in found:
-        stem, part = path.stem.removeprefix("ballroom_"), None
-        gtzan = re.fullmatch(r"gtzan_([a-z]+)_(\d{5})", stem)
-        if stem.endswith("_noposition") or stem in BALLROOM_TWICE:
+        name, part = path.stem.removeprefix("ballroom_"), None
+        if name.endswith("_noposition") or name in BALLROOM_TWICE:
             continue
-        name = f"{gtzan[1]}.{gtzan[2]}" if gtzan else stem
         if benchmark:
-            part = "test" if gtzan else "valid" if hashed(stem, 10) == 0 else "train"
-        yield Track(name, files.audio(name, path.stem), {"beats": read_beat_times(path)}, part, name)
+            part = "valid" if hashed(name, 10) == 0 else "train"
+        if gtzan := re.fullmatch(r"gtzan_([a-z]+)_(\d{5})", name):
+            name, part = f"{gtzan[1]}.{gtzan[2]}", "test"
+        yield files.track(name, {"beats": read_beat_times(path)}, part)
 
 
 TASKS = {
     "gtzan": Task(
-        "genre of 930 clips of 30 s, fault-filtered split", "the GTZAN genre collection (Kaggle: GTZAN Dataset - Music "
-        "Genre Classification; Hugging Face: marsyas/gtzan)", "genre folders with blues.00000.wav ...", ("gtzan",),
-        read_gtzan, {"genre": "class"}, 930, ("jazz.00054",)),
+        "genre of 930 clips of 30 s, fault-filtered split", "the genre folders of GTZAN with blues.00000.wav ... "
+        "(Kaggle: GTZAN Dataset - Music Genre Classification; Hugging Face: marsyas/gtzan)",
+        ("gtzan",), read_gtzan, {"genre": "class"}, 930),
     "gtzan-key": Task(
-        "key of GTZAN's clips, filtered split", "GTZAN, and the repository alexanderlerch/gtzan_key",
-        "the genre folders and gtzan_key/ with its .lerch.txt files", ("gtzan",),
-        read_gtzan_key, {"key": "key"}, 769, ("jazz.00054",)),
+        "key of GTZAN's clips, filtered split", "GTZAN's genre folders, and gtzan_key/ with its .lerch.txt files "
+        "(GitHub: alexanderlerch/gtzan_key)", ("gtzan",), read_gtzan_key, {"key": "key"}, 769),
     "giantsteps": Task(
         "key of 604 electronic tracks; training: MTG key, split by artist", "the repositories "
-        "GiantSteps/giantsteps-key-dataset and GiantSteps/giantsteps-mtg-key-dataset, with their audio scripts",
-        "both repositories with their audio/ folders", ("giantsteps",),
-        read_giantsteps, {"key": "key"}, 1763),
+        "GiantSteps/giantsteps-key-dataset and GiantSteps/giantsteps-mtg-key-dataset, and audio/ by their scripts",
+        ("giantsteps",), read_giantsteps, {"key": "key"}, 1763),
     "fmak": Task(
-        "key: trained on FMAKv2, tested on GiantSteps", "Zenodo 12759100 (fmakv2.csv), FMA audio, and "
-        "giantsteps-key-dataset", "fmakv2.csv, FMA's folders 000/ ..., and giantsteps-key-dataset",
+        "key: trained on FMAKv2, tested on GiantSteps", "fmakv2.csv (Zenodo 12759100), FMA's folders 000/ ... and "
+        "raw_tracks.csv (fma_metadata.zip), and giantsteps-key-dataset",
         ("fmak", "giantsteps"), read_fmak, {"key": "key"}),
     "mtt": Task(
-        "50 tags of MagnaTagATune, clips with at least one of them", "The MagnaTagATune Dataset (MIRG, City, "
-        "University of London)", "annotations_final.csv and the folders 0/ ... f/", ("mtt",),
-        read_mtt, {"tags": "tags"}, 21108),
-    "mtt-all": Task(
-        "the same with untagged clips, as in jukemir and Myna", "The MagnaTagATune Dataset (MIRG, City, University of "
-        "London)", "annotations_final.csv and the folders 0/ ... f/", ("mtt",),
-        partial(read_mtt, untagged=True), {"tags": "tags"}, 25860),
+        "50 tags of MagnaTagATune, clips with at least one of them", "annotations_final.csv and the folders 0/ ... f/ "
+        "(The MagnaTagATune Dataset; MIRG, City, University of London)",
+        ("mtt",), read_mtt, {"tags": "tags"}, 21108),
     "emomusic": Task(
-        "arousal and valence of 744 clips", "Emotion in Music Database (University of Geneva)",
-        "clips_45seconds/, songs_info.csv and static_annotations.csv", ("emomusic",),
-        read_emomusic, {"emotion": "emotion"}, 744),
+        "arousal and valence of 744 clips", "clips_45seconds/, songs_info.csv and static_annotations.csv (Emotion in "
+        "Music Database, University of Geneva)", ("emomusic",), read_emomusic, {"emotion": "emotion"}, 744),
     "medleysolos": Task(
-        "8 instruments, 3 s clips", "Zenodo 3464194", "Medley-solos-DB_metadata.csv and the wav files",
+        "8 instruments, 3 s clips", "Medley-solos-DB_metadata.csv and the wav files (Zenodo 3464194)",
         ("medleysolos",), read_medleysolos, {"instrument": "unbalanced"}, 21571),
     "nsynth": Task(
-        "instrument family and pitch of notes", "magenta.tensorflow.org/datasets/nsynth (jsonwav archives)",
-        "nsynth-train/, nsynth-valid/ and nsynth-test/, each with examples.json and audio/", ("nsynth",),
-        read_nsynth, {"instrument": "class", "pitch": "class"}, 305979),
+        "instrument family and pitch of notes", "nsynth-train/, nsynth-valid/ and nsynth-test/, each with "
+        "examples.json and audio/ (magenta.tensorflow.org/datasets/nsynth, jsonwav archives)",
+        ("nsynth",), read_nsynth, {"instrument": "class", "pitch": "class"}, 305979),
     "tinysol": Task(
-        "14 instruments and pitch of notes, five folds", "Zenodo 3685367", "TinySOL_metadata.csv and the audio folders",
+        "14 instruments and pitch of notes, five folds", "TinySOL_metadata.csv and the audio folders (Zenodo 3685367)",
         ("tinysol",), read_tinysol, {"instrument": "class", "pitch": "class"}, 2913),
     "giantsteps-tempo": Task(
-        "tempo of 661 electronic tracks, ten folds, annotations v2", "GiantSteps/giantsteps-tempo-dataset",
-        "the repository with its audio/ folder", ("giantsteps-tempo",), read_tempo, {"tempo": "tempo"}, 661),
+        "tempo of 661 electronic tracks, ten folds, annotations v2", "the repository "
+        "GiantSteps/giantsteps-tempo-dataset, and audio/ by its script",
+        ("giantsteps-tempo",), read_tempo, {"tempo": "tempo"}, 661),
     "chords": Task(
-        "25 chords per frame: Isophonics, RWC, Winterreise, or .lab files of your own", "Isophonics; AIST (RWC); "
-        "Zenodo 3968389; the audio from your CDs", "audio files and .lab files of the same names", ("chords",),
-        read_chords, {"chords": "chords"}),
+        "25 chords per frame: Isophonics, RWC, Winterreise, or .lab files of your own", "audio files and .lab files of "
+        "the same names (labels: Isophonics; AIST for RWC; Zenodo 3968389)",
+        ("chords",), read_chords, {"chords": "chords"}),
     "beats": Task(
-        "beats per frame: Ballroom -> GTZAN, or .beats files of your own", "Ballroom (MTG, ISMIR 2004) with "
-        "CPJKU/BallroomAnnotations; GTZAN with TempoBeatDownbeat/gtzan_tempo_beat",
-        "audio files and .beats files of the same names", ("ballroom", "gtzan"),
-        read_beats, {"beats": "beats"}, None, ("jazz.00054",)),
+        "beats per frame: Ballroom -> GTZAN, or .beats files of your own", "audio files and .beats files of the same "
+        "names (Ballroom: MTG, ISMIR 2004, with CPJKU/BallroomAnnotations; TempoBeatDownbeat/gtzan_tempo_beat)",
+        ("ballroom", "gtzan"), read_beats, {"beats": "beats"}),
 }
+TASKS["mtt-all"] = TASKS["mtt"]._replace(what="50 tags, with untagged clips, as in jukemir and Myna", official=25860,
+                                         read=partial(read_mtt, untagged=True))
 
 
 def read_folders(args):
-    """One class per sub-folder of --data, grouped by what --group finds in a file's name: (tracks, targets)."""
+    """One class per sub-folder of --data, grouped by what --group finds in a file's path: (tracks, targets)."""
     tracks = []
     for name, path in find_audio([args.data]):
         _, *folders, file = Path(name).parts
+        name = "/".join([*folders, file])
         try:
-            match = re.search(args.group, file) if args.group else None
+            match = re.search(args.group or ".+", name)
         except re.error:
             match = None
-        if args.group and not match:
-            raise InputError(f"--group {args.group!r} does not match {file}; give a regex that matches every file name")
+        if not match:
+            raise InputError(f"--group {args.group!r} does not match {name}; give a regex that matches every file")
         if folders:
-            tracks.append(Track("/".join([*folders, file]), path, {"class": folders[0]}, None,
-                                match.group() if match else str(path)))
+            tracks.append(Track(name, path, {"class": folders[0]}, None, match.group()))
     classes = {t.labels["class"] for t in tracks}
     if len(classes) < 2:
         raise InputError(f"{args.data}: holds {len(classes)} sub-folder(s) with audio; a class is a sub-folder, "
@@ -458,22 +442,19 @@ def read_folders(args):
     return tracks, {"class": "class"}
 
 
-def is_number(text):
-    """Whether a text is a finite number."""
+def number(text):
+    """'0.5' -> (0.5,); None for what is no finite number."""
     try:
-        return bool(np.isfinite(float(text)))
+        return (float(text),) if np.isfinite(float(text)) else None
     except ValueError:
-        return False
+        return None
 
 
-def kind_of(values, args):
-    """--kind, or key for a column of that name, regression of numbers, tags where there is a "|", else class."""
-    words = [value for value in values if not is_number(value)]
-    if args.kind == "regression" and words:
-        raise InputError(f"{args.data}: {words[0]!r} in {args.label} is not a number; use --kind class")
-    if args.kind or args.label == "key":
-        return args.kind or "key"
-    if values and not words:
+def kind_of(column, values):
+    """Kind of a column's labels: key if it is called so, regression of numbers, tags if there is a |, else class."""
+    if column == "key":
+        return "key"
+    if all(map(number, values)):
         return "regression"
     return "tags" if any("|" in value for value in values) else "class"
 
@@ -481,15 +462,15 @@ def kind_of(values, args):
 def read_csv(args):
     """A table of labels: column `file` (path below --audio) and column --label. (tracks, targets). Raises InputError.
 
-    Rows without a label, or whose key names no single key, are counted and left out.
+    Rows without a label of the kind are counted and left out, as those whose key names no single key.
     """
     audio, rows = Path(args.audio or Path(args.data).parent), read_table(args.data)
     for column in filter(None, ("file", args.label, args.split, args.group)):
         if not rows or column not in rows[0]:
             there = ", ".join(rows[0]) if rows else "no rows"
             raise InputError(f"{args.data}: has no column {column!r}; it has {there}")
-    kind = kind_of([row[args.label] for row in rows if row[args.label]], args)
-    parse = {"key": parse_key, "regression": lambda value: (float(value),), "class": str,
+    kind = args.kind or kind_of(args.label, [row[args.label] for row in rows if row[args.label]])
+    parse = {"key": parse_key, "regression": number, "class": str,
              "tags": lambda value: [tag.strip() for tag in value.split("|") if tag.strip()]}[kind]
     tracks = {}
     for row in rows:
@@ -607,28 +588,28 @@ def raw_rows(cqt, mel, per_frame):
 
 
 @torch.inference_mode()
-def extract(model, tracks, device, layers=None, per_frame=False, progress=None):
-    """Items of every window, or of every frame, in the order of tracks, with rows of float16 features.
+def extract(model, songs, device, layers=None, per_frame=False, progress=None):
+    """Items of every window, or of every frame, in the order of the songs, with rows of float16 features.
 
-    tracks: [(frames, 224) uint8]; model None gives the raw rows; layers: default the last one.
+    songs: [(frames, 224) uint8]; model None gives the raw rows; layers: default the last one.
     """
-    spans = [(track, *span) for track, frames in enumerate(tracks) for span in cut_windows(len(frames), per_frame)]
+    spans = [(song, *span) for song, frames in enumerate(songs) for span in cut_windows(len(frames), per_frame)]
     owner, start, stop = np.array(spans).T                                           # (windows,) each
     counts = stop - start if per_frame else np.ones_like(start)                      # items of each window
-    begin, arrays = np.cumsum(counts) - counts, {}
-    for indices, windows in window_batches(tracks, per_frame, progress=progress):
+    first, places, parts = np.cumsum(counts) - counts, [], {}
+    for indices, windows in window_batches(songs, per_frame, progress=progress):
         cqt, mel = views_of(windows, device)
         if model is None:
             rows = raw_rows(cqt, mel, per_frame)
         else:
             rows = network_rows(model, cqt, mel, layers or [model.config["depth"]], per_frame)
-        place = begin[indices][:, None] + np.arange(counts[indices[0]])              # (n, frames or 1)
+        places.append((first[indices][:, None] + np.arange(counts[indices[0]])).ravel())
         for name, value in rows.items():
-            if name not in arrays:
-                arrays[name] = torch.empty((counts.sum(), value.shape[-1]), dtype=torch.float16)
-            arrays[name][place] = value.unflatten(0, (-1, 1))[:, 0].reshape(*place.shape, -1).cpu().half()
-    frame = np.repeat(start - begin, counts) + np.arange(counts.sum())               # (items,) first frame of each
-    return Items(arrays, np.repeat(owner, counts), frame * FRAME_SECONDS)
+            parts.setdefault(name, []).append(value.flatten(0, -2).cpu().half())     # (items of the batch, dim)
+    order = np.argsort(np.concatenate(places))
+    rows = {name: torch.cat(parts.pop(name))[order] for name in list(parts)}         # (items, dim) each
+    frame = np.repeat(start - first, counts) + np.arange(counts.sum())               # (items,) first frame of each
+    return Items(rows, np.repeat(owner, counts), frame * FRAME_SECONDS)
 
 
 def all_items(model, songs, device, layers=None, per_frame=False):
@@ -1503,21 +1484,18 @@ def tracks_of(args):
     """Labels of the task that the command names: (tracks, {target: kind}). Raises InputError; nothing is downloaded."""
     if args.task in ("folders", "csv"):
         return read_folders(args) if args.task == "folders" else read_csv(args)
-    task = TASKS[args.task]
+    task, tracks = TASKS[args.task], []
     roots = [args.data] if args.data else [Path("datasets") / home for home in task.homes]
-    places = " and ".join(map(str, roots))
     try:
         tracks = [t for t in task.read(Files(roots)) if None not in t.labels.values()]
-        problem = "none of its audio files found" if tracks else "no labels found"
+        problem = "none of its audio files found"
     except InputError as error:
-        tracks, problem = [], str(error)
+        problem = str(error)
     except (KeyError, ValueError) as error:
-        tracks, problem = [], f"a label file is not as published: {type(error).__name__} {error}"
-    if not any(Path(root).is_dir() for root in roots):
-        problem = f"{places} not found"
+        problem = f"a label file is not as published: {type(error).__name__} {error}"
     if not any(t.path for t in tracks) and not (args.features and tracks):
-        raise InputError(f"{args.task}: {task.what}; {problem}\n  obtain: {task.obtain}\n  put:    {task.place} below "
-                         f"{places}, or name the folder with --data")
+        raise InputError(f"{args.task}: {task.what}; {problem}\n  needs below {' and '.join(map(str, roots))}, or below "
+                         f"the folder of --data: {task.needs}")
     return tracks, task.targets
 
 
@@ -1535,54 +1513,48 @@ def open_features(path, tracks, per_frame):
     """Embeddings of another model: (Items, tracks found). Raises InputError.
 
     An npz with `features` (items, dim), `track` (items,) names, and for labels per frame `time` (items,) in seconds.
-    A track is named as in the task ("blues.00000", the `file` of a CSV), or by the stem of that name.
+    A track is named as in the task: "blues.00000", or the `file` of a CSV.
     """
     try:
         with np.load(path) as file:
-            features = torch.from_numpy(np.ascontiguousarray(file["features"], np.float32))
-            names = [str(name) for name in file["track"]]
-            seconds = np.asarray(file["time"], float) if per_frame else np.zeros(len(names))
+            features = torch.from_numpy(np.float32(file["features"]))
+            names = file["track"].tolist()
+            seconds = np.float64(file["time"]) if per_frame else np.zeros(len(names))
     except Exception:  # np.load has no exception of its own: zip, pickle, value and end-of-file errors
         arrays = "features (items, dim), track (items,)" + (", time (items,)" if per_frame else "")
         raise InputError(f"{path}: is not an npz with the arrays {arrays}") from None
     if features.ndim != 2 or not 0 < len(features) == len(names) == len(seconds) or not features.isfinite().all():
         raise InputError(f"{path}: features {tuple(features.shape)} must be (items, dim), finite, one row for each of "
                          f"{len(names)} tracks")
-    stem = lambda name: Path(name).stem if Path(name).suffix.lower() in AUDIO_SUFFIXES else Path(name).name
-    number = {key: i for i, t in enumerate(tracks) for key in (stem(t.name), t.name)}
-    owner = np.array([number.get(name, number.get(stem(name), -1)) for name in names])
-    found = np.unique(owner[owner >= 0])
-    if len(found) == 0:
-        raise InputError(f"{path}: none of its tracks ({names[0]}, ...) is in the task ({tracks[0].name}, ...)")
+    number = {t.name: i for i, t in enumerate(tracks)}
+    owner = np.array([number.get(str(name), -1) for name in names])        # -1: not in the task
     order = np.lexsort((seconds, owner))                                   # by track, then by time
     order = order[owner[order] >= 0]
-    items = Items({"features": features[order]}, np.searchsorted(found, owner[order]), seconds[order])
-    return items, [tracks[i] for i in found]
+    if len(order) == 0:
+        raise InputError(f"{path}: none of its tracks ({names[0]}, ...) is in the task ({tracks[0].name}, ...)")
+    found, owner = np.unique(owner[order], return_inverse=True)
+    return Items({"features": features[order]}, owner, seconds[order]), [tracks[i] for i in found]
 
 
 def layers_of(args, model):
-    """--layers as a list of numbers, or None. Raises InputError."""
-    if not args.layers:
-        return None
+    """--layers as a list of numbers, by default the last one. Raises InputError."""
     possible = [str(n) for n in range(model.config["depth"] + 1)]
-    asked = possible if args.layers == "all" else args.layers.split(",")
+    asked = possible if args.layers == "all" else (args.layers or possible[-1]).split(",")
     if not set(asked) <= set(possible):
         raise InputError(f"--layers {args.layers}: this network has layers 0 to {possible[-1]}; give numbers, or all")
     return [int(n) for n in asked]
 
 
-def counts_line(args, tracks, kept):
+def counts_line(official, tracks, kept):
     """'926 of 930 files; missing or unreadable: ...', against the official number of tracks where there is one."""
-    task, there = TASKS.get(args.task), {t.name for t in kept}
-    official, broken = (task.official, task.broken) if task else (None, ())
-    lost = [t.name for t in tracks if t.name not in there and t.name not in broken]
-    text = f"{len(kept)} of {official or len(tracks)} files"
+    lost = sorted({t.name for t in tracks} - {t.name for t in kept} - set(BROKEN))
+    line = f"{len(kept)} of {official or len(tracks)} files"
     if lost:
-        text += f"; missing or unreadable: {', '.join(lost[:8])}" + (f" and {len(lost) - 8} more" if lost[8:] else "")
+        line += f"; {len(lost)} missing or unreadable: {', '.join(lost[:8])}" + (", ..." if lost[8:] else "")
     if official:
         complete = not lost and len(tracks) == official
-        text += "; complete: the benchmark's set" if complete else "; INCOMPLETE: not comparable with the benchmark"
-    return text
+        line += "; complete: the benchmark's set" if complete else "; INCOMPLETE: not comparable with the benchmark"
+    return line
 
 
 # ---------------------------------------------------------------- commands
@@ -1593,14 +1565,14 @@ def run_task(args):
     """One task from files to table."""
     tracks, targets = tracks_of(args)
     label, kind = next(iter(targets.items()))
-    per_frame, shot = TARGETS[kind].per_frame, {}
+    shot = {}
     if args.features:
         source = args.features
-        items, kept = open_features(source, tracks, per_frame)
+        items, kept = open_features(source, tracks, TARGETS[kind].per_frame)
     else:
         source, model = open_model(args)
         songs, kept = open_tracks(args.task, tracks)
-        items = all_items(model, songs, args.device, layers_of(args, model), per_frame)
+        items = all_items(model, songs, args.device, layers_of(args, model), TARGETS[kind].per_frame)
         if kind == "key":
             shot = zero_shot(model, songs, args.device, [t.labels[label] for t in kept], splits_of(kept))
     if args.confusion and (args.confusion not in items.rows or kind not in ("class", "unbalanced", "key")):
@@ -1608,21 +1580,16 @@ def run_task(args):
     splits = splits_of(kept)
     table, remarks = probe_targets(items, kept, targets, None, args.grid, args.shares, args.confusion)
     add_columns(table, shot)
-    sizes = ", ".join(f"{len(part)} {which}" for part, which in zip(splits[0], ("train", "valid", "test")))
-    title = (f"{args.task}: {source}\n{counts_line(args, tracks, kept)}\nprotocol {'grid' if args.grid else 'linear'}, "
-             f"{len(splits)} {'folds' if isinstance(kept[0].split, int) else 'seeds'}; split of the first: {sizes}; "
+    name, official = f"{args.task}-{Path(args.data or '').resolve().stem}-{label}", None
+    if args.task in TASKS:
+        name, official = args.task, TASKS[args.task].official
+    name = re.sub(r"[^\w-]+", "-", name) + ("-grid" if args.grid else "")
+    runs = "seeds" if splits[0] is splits[-1] else "folds"
+    sizes = "{} train, {} valid, {} test".format(*map(len, splits[0]))
+    title = (f"{args.task}: {source}\n{counts_line(official, tracks, kept)}\nprotocol "
+             f"{'grid' if args.grid else 'linear'}, {len(splits)} {runs}; split of the first: {sizes}; "
              f"{len({t.group for t in kept})} groups; in %, mean ± deviation [95 % interval over tracks]")
-    publish(source, file_name(args, label), title, table, remarks)
-
-
-
-def file_name(args, label):
-    """NAME of the table probe-NAME.json of a task; of folders and CSVs with their own name."""
-    name = args.task
-    if name in ("folders", "csv"):
-        name = f"{name}-{Path(args.data).resolve().stem}" + (f"-{label}" if name == "csv" else "")
-        name = re.sub(r"[^\w-]+", "-", name)
-    return f"{name}-grid" if args.grid else name
+    publish(source, name, title, table, remarks)
 
 
 def print_list(args):
@@ -1630,10 +1597,9 @@ def print_list(args):
     for name, task in TASKS.items():
         roots = [Path("datasets") / home for home in task.homes]
         there = " ".join(f"{root}/ {'found' if root.is_dir() else 'not there'}" for root in roots)
-        print(f"{name:17} {task.what}\n{'':17} looks in {there}; needs {task.place}")
-    print(f"{'folders':17} your recordings, one sub-folder per class: --data DIR\n"
-          f"{'csv':17} your own table: --data labels.csv --audio DIR --label COLUMN\n"
-          f"{'synth':17} the embedded songs, nothing needed\n{'key':17} zero-shot key of any song")
+        print(f"{name}: {task.what}\n    {there}; needs {task.needs}")
+    print("folders, csv: your recordings, one sub-folder per class, or with a table of labels\n"
+          "synth: the embedded songs, nothing needed")
 
 
 SYNTH_COLUMNS = ("key signature", "key weighted @12.5 %", "key accuracy", "instrument accuracy @12.5 %",
@@ -1739,12 +1705,11 @@ def write_embeddings(args):
     """Class tokens and the sequence mean of every track below the folders, or of every 4 s window, as an npz."""
     (_, model), store = open_model(args), prepare_folders(args.folders)
     arrays = embeddings(model, songs_of(store), args.device, args.windows)
-    arrays = {name: np.asarray(x) for name, x in arrays.items()}
     arrays["sequence"] = arrays.pop("sequence mean")
     file = io.BytesIO()
     np.savez(file, paths=np.array(store.paths), **arrays)
     write_atomic(args.out, file.getbuffer())
-    shapes = ", ".join(f"{name} {x.shape}" for name, x in arrays.items())
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in arrays.items())
     print(f"{args.out}: {shapes} of {len(store.paths)} tracks; {len(store.skipped)} files skipped, "
           f"{store.folder}/index.jsonl has the reasons")
 
