@@ -61,7 +61,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import (AUDIO_SUFFIXES, CROP_BINS, DYNAMIC_RANGE, FRAME_SECONDS, KEY_NAMES, MAX_CROP, N_BINS, N_MELS,
+from data import (AUDIO_SUFFIXES, DYNAMIC_RANGE, FRAME_SECONDS, KEY_NAMES, MAX_CROP, N_BINS, N_MELS,
                   PITCH_CROP, SCALES, SEGMENT, SYNTH_SPLITS, TIMBRES, FrontEnd, InputError,
                   audio_to_frames, compose, crop_views, find_audio, parse_key, prepare_files, prepare_folders,
                   prepare_synth, read_audio, read_labels, read_table, render, run_cli, walk, write_atomic)
@@ -498,20 +498,22 @@ def read_csv(args):
 Items = namedtuple("Items", "rows owner time")
 
 
-def cut_windows(length, keep_rest=False):
-    """[(start, stop)] of a track's windows: whole segments of 126 frames; the rest if asked for, or if it is all."""
-    whole = length // SEGMENT
-    spans = [(i * SEGMENT, (i + 1) * SEGMENT) for i in range(whole)]
-    rest = length % SEGMENT and (keep_rest or not whole)
-    return spans + [(whole * SEGMENT, length)] if rest else spans
+def windows_of(songs, keep_rest=False):
+    """Windows of songs [(frames, 224) uint8], in order: (song of each, first frame of each, [(frames, 224) uint8]).
 
-
-def window_batches(tracks, keep_rest=False, size=128, progress=None):
-    """Yields (indices, windows (n <= size, frames, 224) uint8): all windows of tracks [(frames, 224) uint8], unpadded.
-
-    A batch holds windows of one length, of any tracks; indices counts windows in the order of the tracks.
+    Whole segments of 126 frames; a rest under 4 s if asked for, or if it is all there is.
     """
-    windows = [frames[start:stop] for frames in tracks for start, stop in cut_windows(len(frames), keep_rest)]
+    found = []
+    for song, frames in enumerate(songs):
+        whole = len(frames) // SEGMENT * SEGMENT
+        end = len(frames) if keep_rest or not whole else whole
+        found += [(song, start, frames[start:start + SEGMENT]) for start in range(0, end, SEGMENT)]
+    owner, start, windows = zip(*found)
+    return np.array(owner), np.array(start), windows
+
+
+def batches_of(windows, size=128, progress=None):
+    """Yields (indices, windows (n <= size, frames, 224) uint8): every window once, windows of one length together."""
     lengths = np.array([len(window) for window in windows])
     with tqdm(total=len(windows), desc=progress, unit="window", disable=progress is None, delay=2) as bar:
         for length in np.unique(lengths):
@@ -593,12 +595,11 @@ def extract(model, songs, device, layers=None, per_frame=False, progress=None):
 
     songs: [(frames, 224) uint8]; model None gives the raw rows; layers: default the last one.
     """
-    spans = [(song, *span) for song, frames in enumerate(songs) for span in cut_windows(len(frames), per_frame)]
-    owner, start, stop = np.array(spans).T                                           # (windows,) each
-    counts = stop - start if per_frame else np.ones_like(start)                      # items of each window
+    owner, start, windows = windows_of(songs, keep_rest=per_frame)
+    counts = np.array([len(window) if per_frame else 1 for window in windows])       # items of each window
     first, places, parts = np.cumsum(counts) - counts, [], {}
-    for indices, windows in window_batches(songs, per_frame, progress=progress):
-        cqt, mel = views_of(windows, device)
+    for indices, batch in batches_of(windows, progress=progress):
+        cqt, mel = views_of(batch, device)
         if model is None:
             rows = raw_rows(cqt, mel, per_frame)
         else:
@@ -1225,13 +1226,12 @@ def key_outputs(model, tracks, device, crops=range(MAX_CROP + 1)):
     Test-time augmentation: every window at 13 crops, outputs transposed back; geometric mean over crops and windows, so
     that a window that excludes a key counts for more than one that merely favours it.
     """
-    name = model.key_token()
-    owner = np.repeat(np.arange(len(tracks)), [len(cut_windows(len(t))) for t in tracks])         # (windows,)
+    name, (owner, _, windows) = model.key_token(), windows_of(tracks)
     logs = torch.zeros(len(owner), model.tasks[name].outputs)                                     # (windows, 12 or 24)
-    for indices, windows in window_batches(tracks, progress="keys"):
+    for indices, batch in batches_of(windows, progress="keys"):
         for crop in crops:
             with autocast(device):
-                keys = model.tasks[name].posterior(model(*views_of(windows, device, crop))[0][name])   # (n, 12 or 24)
+                keys = model.tasks[name].posterior(model(*views_of(batch, device, crop))[0][name])     # (n, 12 or 24)
             logs[indices] += transpose(keys.cpu(), crop - PITCH_CROP).clamp(min=1e-4).log() / len(crops)
     return track_mean(logs, owner, np.arange(len(tracks))).softmax(dim=1)
 
@@ -1286,8 +1286,8 @@ def zero_shot(model, songs, device, truth, splits=None):
 def class_attention(model, tracks, device):
     """Attention of each class token on the frames of every whole window: (windows, layers, tokens, heads, 126)."""
     first, found = model.class_token_count, {}
-    for indices, windows in window_batches(tracks):
-        inside = model(*views_of(windows, device), layers=range(len(model.blocks)))[1]            # inputs of each block
+    for indices, batch in batches_of(windows_of(tracks)[2]):
+        inside = model(*views_of(batch, device), layers=range(len(model.blocks)))[1]            # inputs of each block
         weights = [block.attention(inside[i])[:, :, :first, first:] for i, block in enumerate(model.blocks)]
         found |= zip(indices, torch.stack(weights, dim=1).transpose(2, 3).cpu())   # (layers, tokens, heads, 126) each
     return torch.stack([found[i] for i in sorted(found)])
@@ -1350,68 +1350,14 @@ def save_figure(plt, figure, path):
     print(f"figure in {path}")
 
 
-def draw_image(figure, axes, image, left, right, title, label, **style):
-    """image (rows, columns), row 0 at the bottom, from `left` to `right` seconds; label: of the colour scale."""
-    extent = (left, right, -0.5, len(image) - 0.5)
-    drawn = axes.imshow(image, origin="lower", aspect="auto", extent=extent, **style)
-    axes.set_title(title)
-    figure.colorbar(drawn, ax=axes, label=label, pad=0.01)
-
-
-def draw_front_end(plt, frames):
-    """CQT and mel of twelve seconds from the middle of a song, with the crops of two transposed views."""
-    begin = max(0, len(frames) // 2 - 3 * SEGMENT // 2)
-    part = frames[begin:begin + 3 * SEGMENT].T * (DYNAMIC_RANGE / 255) - DYNAMIC_RANGE            # (224, frames) dB
-    left, right = begin * FRAME_SECONDS, (begin + part.shape[1]) * FRAME_SECONDS
-    figure, (cqt, mel) = plt.subplots(2, 1, figsize=(11, 8), sharex=True)
-    draw_image(figure, cqt, part[:N_BINS], left, right, "CQT, one bin a semitone, and the crops of two views",
-               "level, dB", cmap="magma")
-    for crop, colour in ((1, "cyan"), (MAX_CROP - 1, "lime")):
-        cqt.axhspan(crop - 0.5, crop + CROP_BINS - 0.5, fill=False, ec=colour, lw=2, label=f"crop {crop}")
-    cqt.legend()
-    octaves = range(3, N_BINS, 12)                                         # the lowest bin is an A
-    cqt.set(yticks=octaves, yticklabels=[f"C{i + 1}" for i in range(len(octaves))], ylabel="note")
-    draw_image(figure, mel, part[N_BINS:], left, right, "Mel spectrogram: never cropped", "level, dB", cmap="magma")
-    mel.set(ylabel="mel band", xlabel="time, s")
-    return figure
-
-
-def draw_key(plt, keys):
-    """Key signatures of windows on the circle of fifths. keys (windows, 12 signatures or 24 keys)."""
-    signatures = keys[:, :12] + (keys[:, 12:].roll(3, dims=1) if keys.shape[1] == 24 else 0)      # (windows, 12)
-    seconds, best = SEGMENT * FRAME_SECONDS, signatures.argmax(dim=1).tolist()
-    figure, axes = plt.subplots(figsize=(11, 4.5))
-    draw_image(figure, axes, signatures[:, FIFTHS].T.numpy(), 0, len(best) * seconds,
-               "Zero-shot key signature of each 4 s (dot: the most probable)", "probability", cmap="Blues")
-    axes.plot((np.arange(len(best)) + 0.5) * seconds, [FIFTHS.index(k) for k in best], ".", color="crimson", ms=5)
-    axes.set(yticks=range(12), yticklabels=FIFTH_NAMES, xlabel="time, s", ylabel="key signature, by fifths")
-    return figure
-
-
-def draw_attention(plt, names, attention, envelope, r, start):
-    """attention (windows, layers, tokens, 126), envelope (windows, 126) dB, r (layers, tokens), start in s."""
-    attention = SEGMENT * attention.permute(1, 2, 0, 3).flatten(2).numpy()           # (layers, tokens, frames)
-    layers, tokens, frames = attention.shape
-    end = start + frames * FRAME_SECONDS
-    figure, panels = plt.subplots(1 + tokens, 1, figsize=(11, 2 + (0.8 + 0.3 * layers) * tokens), sharex=True)
-    panels[0].plot(np.linspace(start, end, frames, endpoint=False), envelope.flatten().numpy(), color="black", lw=0.8)
-    panels[0].set(title="Onsets: mean rise of the mel from frame to frame", ylabel="rise, dB")
-    for t, axes in enumerate(panels[1:]):
-        draw_image(figure, axes, attention[:, t], start, end, f"Attention of the {names[t]} token (r: with the onsets)",
-                   "x uniform", vmin=0, vmax=np.quantile(attention[:, t], 0.99), interpolation="nearest")
-        axes.set(yticks=range(layers), yticklabels=[f"{i + 1}  (r = {r[i, t]:.2f})" for i in range(layers)])
-    panels[-1].set(xlabel="time, s")
-    return figure
-
-
-def draw_similarity(plt, rows):
-    """Self-similarity of the features {title: (frames, dim)} of one song, in cells of half a second, or a thousand."""
-    figure, panels = plt.subplots(1, len(rows), figsize=(4.5 * len(rows), 4))
-    for axes, (title, x) in zip(panels, rows.items()):
-        size = max(16, len(x) // 1000)                                     # frames of a cell
-        draw_image(figure, axes, self_similarity(x, size).numpy(), 0, len(x) * FRAME_SECONDS, title,
-                   "cosine, mean of the song removed", cmap="RdBu_r", vmin=-1, vmax=1)
-        axes.set(xlabel="time, s", yticks=[])
+def draw_panels(plt, panels, begin, end):
+    """Images over one time axis, begin to end in s: panels [(title, image (rows, frames or cells), row names or ())]."""
+    figure, axes = plt.subplots(len(panels), 1, figsize=(11, 3 * len(panels)), sharex=True, squeeze=False)
+    for ax, (title, image, names) in zip(axes[:, 0], panels):
+        extent = (begin, end, -0.5, len(image) - 0.5)                      # row 0 at the bottom
+        drawn = ax.imshow(image, origin="lower", aspect="auto", extent=extent, vmax=np.quantile(image, 0.995))
+        ax.set(title=title, yticks=range(len(names)), yticklabels=names, xlabel="time, s")
+        figure.colorbar(drawn, ax=ax, pad=0.01)
     return figure
 
 
@@ -1715,30 +1661,41 @@ def write_embeddings(args):
 
 
 def print_show(args):
-    """Look inside one song: correlation of attention and onsets, and figures where matplotlib is installed."""
+    """Look inside one song: correlation of attention and onsets, and two figures where matplotlib is installed.
+
+    closeup.png: 16 s from the middle, CQT, mel and attention; song.png: key signature of each 4 s, self-similarity.
+    """
     _, model = open_frames_model(args)
     frames, depth = audio_to_frames(read_audio(args.song), FrontEnd()), model.config["depth"]
     if len(frames) < SEGMENT:
         raise InputError(f"{args.song}: is shorter than one window of 4 s; give a longer recording")
     weights = class_attention(model, [frames], args.device).mean(dim=3)              # (windows, layers, tokens, 126)
-    envelope = onset_windows([frames])                                               # (windows, 126)
-    r = correlations(weights, envelope[:, None, None]).mean(dim=0)                   # (layers, tokens)
+    r = correlations(weights, onset_windows([frames])[:, None, None]).mean(dim=0)    # (layers, tokens)
     for t, name in enumerate(model.tokens):
         print(f"{name}: correlation of its attention with onsets, by layer: {' '.join(f'{v:.2f}' for v in r[:, t])}")
-    plt, rows = pyplot(), {}
-    if plt is None:
+    if (plt := pyplot()) is None:
         return
-    for network in (None, model):
-        rows |= extract(network, [frames], args.device, sorted({1, (1 + depth) // 2, depth}), per_frame=True).rows
     first = max(0, len(weights) // 2 - 2)
-    middle, begin = slice(first, first + 4), first * SEGMENT * FRAME_SECONDS
-    figures = {"frontend": draw_front_end(plt, frames), "similarity": draw_similarity(plt, rows),
-               "attention": draw_attention(plt, model.tokens, weights[middle], envelope[middle], r, begin)}
+    weights = weights[first:first + 4]                                               # (4, layers, tokens, 126)
+    begin, end = first * SEGMENT, (first + len(weights)) * SEGMENT
+    level = frames[begin:end].T * (DYNAMIC_RANGE / 255) - DYNAMIC_RANGE              # (224, frames)
+    near = [("CQT, dB: one bin a semitone, a view has 84 of 96 bins", level[:N_BINS], ()),
+            ("mel spectrogram, dB: never cropped", level[N_BINS:], ())]
+    for t, name in enumerate(model.tokens):
+        attention = SEGMENT * weights[:, :, t].transpose(0, 1).flatten(1).numpy()    # (layers, frames)
+        near.append((f"attention of the {name} token, x uniform", attention, [f"layer {i + 1}" for i in range(depth)]))
+    far = []
     if model.key_token():
-        windows = [frames[start:stop] for start, stop in cut_windows(len(frames))]
-        figures["key"] = draw_key(plt, key_probabilities(model, windows, args.device))
-    for name, figure in figures.items():
-        save_figure(plt, figure, Path(args.out or f"{Path(args.song).stem}-figures") / f"{name}.png")
+        keys = key_probabilities(model, windows_of([frames])[2], args.device)        # (windows, 12 or 24)
+        keys = keys[:, :12] + (keys[:, 12:].roll(3, dims=1) if keys.shape[1] == 24 else 0)
+        far.append(("key signature of each 4 s, probability", keys[:, FIFTHS].T.numpy(), FIFTH_NAMES))
+    for network in (None, model):
+        for name, x in extract(network, [frames], args.device, sorted({1, depth}), per_frame=True).rows.items():
+            cells = self_similarity(x, max(16, len(x) // 1000)).numpy()              # cells of half a second or more
+            far.append((f"self-similarity of {name}: cosine, mean of the song removed", cells, ()))
+    folder = Path(args.out or f"{Path(args.song).stem}-figures")
+    save_figure(plt, draw_panels(plt, near, begin * FRAME_SECONDS, end * FRAME_SECONDS), folder / "closeup.png")
+    save_figure(plt, draw_panels(plt, far, 0, len(frames) * FRAME_SECONDS), folder / "song.png")
 
 
 def print_map(args):

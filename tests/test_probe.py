@@ -37,8 +37,11 @@ def same(a, b, tolerance=1e-5):
 @pytest.mark.parametrize("length, keep_rest, spans", [
     (126, False, [(0, 126)]), (125, False, [(0, 125)]), (127, False, [(0, 126)]), (127, True, [(0, 126), (126, 127)]), (1, False, [(0, 1)]), (1, True, [(0, 1)]),
     (377, False, [(0, 126), (126, 252)]), (377, True, [(0, 126), (126, 252), (252, 377)]), (378, True, [(0, 126), (126, 252), (252, 378)])])
-def test_cut_windows(length, keep_rest, spans):
-    assert probe.cut_windows(length, keep_rest) == spans
+def test_windows_are_whole_segments_and_the_rest_if_asked_for(length, keep_rest, spans):
+    frames = song(length)
+    owner, start, windows = probe.windows_of([song(9), frames], keep_rest)
+    assert owner.tolist() == [0] + [1] * len(spans) and start.tolist() == [0, *(begin for begin, _ in spans)]
+    assert all(np.array_equal(window, frames[slice(*span)]) for window, span in zip(windows[1:], spans, strict=True))
 
 
 def song(length, seed=0):
@@ -46,23 +49,17 @@ def song(length, seed=0):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 128])
-@pytest.mark.parametrize("keep_rest", [False, True])
-def test_window_batches_hold_every_window_once_and_nothing_else(size, keep_rest):
-    tracks = [song(length, i) for i, length in enumerate((300, 40, 126, 41, 252, 40, 40))]
-    spans = [probe.cut_windows(len(t), keep_rest) for t in tracks]
-    expected = [t[start:stop] for t, cuts in zip(tracks, spans) for start, stop in cuts]
-    found = {}
-    for indices, windows in probe.window_batches(tracks, keep_rest, size):
+def test_batches_hold_every_window_once_and_nothing_else(size):
+    expected, found = [song(length, i) for i, length in enumerate((126, 40, 126, 41, 126, 40, 40))], {}
+    for indices, windows in probe.batches_of(expected, size):
         assert len(indices) == len(windows) <= size and windows.dtype == torch.uint8
         assert list(indices) == sorted(indices)
         found |= dict(zip(indices, windows.numpy(), strict=True))
     assert sorted(found) == list(range(len(expected))) and all(np.array_equal(found[i], w) for i, w in enumerate(expected))
-    assert len(expected) == (2 + 1 + 1 + 1 + 2 + 1 + 1) + keep_rest
 
 
-def test_windows_of_different_tracks_share_a_batch():
-    tracks = [song(length) for length in (126, 40, 252, 40, 77)]
-    batches = list(probe.window_batches(tracks, size=3))
+def test_windows_of_one_length_share_a_batch():
+    batches = list(probe.batches_of([song(length) for length in (126, 40, 126, 126, 40, 77)], size=3))
     assert [(indices.tolist(), windows.shape[1]) for indices, windows in batches] == [([1, 4], 40), ([5], 77), ([0, 2, 3], 126)]
 
 
@@ -158,7 +155,7 @@ def test_raw_is_the_mean_and_deviation_over_time():
 def test_features_do_not_depend_on_the_batch(monkeypatch):
     net, tracks = network(), [song(300), song(41, seed=1), song(126, seed=2), song(41, seed=3)]
     together = probe.extract(net, tracks, "cpu").rows
-    monkeypatch.setattr(probe, "window_batches", partial(probe.window_batches, size=1))
+    monkeypatch.setattr(probe, "batches_of", partial(probe.batches_of, size=1))
     for name, value in probe.extract(net, tracks, "cpu").rows.items():
         same(value.float(), together[name].float(), 2e-3)
 

@@ -187,25 +187,34 @@ def test_show_in_words(song_folder, checkpoint, monkeypatch, capsys, plain):
 
 
 def test_show_in_figures(song_folder, tmp_path, monkeypatch, pyplot):
-    """A network without a key token has no figure of keys."""
+    """A network without a key token has no panel of keys."""
     monkeypatch.chdir(tmp_path)
     save("m.pt", network())
     command(monkeypatch, "show", song_folder / "one.wav", "--checkpoint", "m.pt")
     shares = {path.stem: coloured(pyplot, path) for path in (tmp_path / "one-figures").iterdir()}
-    assert sorted(shares) == ["attention", "frontend", "key", "similarity"] and min(shares.values()) > 0.2
+    assert sorted(shares) == ["closeup", "song"] and min(shares.values()) > 0.2
     found = []
+    monkeypatch.setattr(probe, "draw_panels", lambda plt, panels, begin, end: found.append([p[0].split(",")[0] for p in panels]))
     monkeypatch.setattr(probe, "save_figure", lambda plt, figure, path: found.append(str(path)))
     save("m.pt", network(("ntxent",), depth=1))
     command(monkeypatch, "show", song_folder / "one.wav", "--out", "x/y", "--checkpoint", "m.pt")
-    assert sorted(found) == ["x/y/attention.png", "x/y/frontend.png", "x/y/similarity.png"]
+    near, closeup, far, whole = found
+    assert near == ["CQT", "mel spectrogram", "attention of the ntxent token"] and closeup == "x/y/closeup.png"
+    assert [title.split(": ")[0] for title in far] == [f"self-similarity of {name}" for name in ("raw", "sequence")]
+    assert whole == "x/y/song.png"
 
 
-@pytest.mark.parametrize("keys, outputs", [([0, 7, 2, 5], 12), ([12 + 9, 7, 12 + 11, 5], 24)])
-def test_keys_are_drawn_by_fifths(keys, outputs, pyplot):
+@pytest.mark.parametrize("keys, outputs", [([0, 7, 2], 12), ([12 + 9, 7, 12 + 11], 24)])
+def test_keys_are_drawn_by_fifths(keys, outputs, checkpoint, monkeypatch, pyplot):
     """Of 24 keys, relatives count as one signature."""
-    axes = probe.draw_key(pyplot, F.one_hot(torch.tensor(keys), outputs).float()).axes[0]
-    image, names = axes.images[0].get_array(), [label.get_text() for label in axes.get_yticklabels()]
-    assert [names[row] for row in image.argmax(axis=0)] == ["C/a", "G/e", "D/b", "F/d"]
+    found = []
+    sf.write("noise.wav", 0.1 * np.random.default_rng(0).normal(size=13 * 16000), 16000)
+    monkeypatch.setattr(probe, "key_probabilities", lambda *_: F.one_hot(torch.tensor(keys), outputs).float())
+    monkeypatch.setattr(probe, "draw_panels", lambda plt, panels, begin, end: found.append(panels))
+    monkeypatch.setattr(probe, "save_figure", lambda *_: None)
+    command(monkeypatch, "show", "noise.wav", "--checkpoint", checkpoint)
+    title, image, names = found[1][0]
+    assert title.startswith("key signature") and [names[row] for row in image.argmax(axis=0)] == ["C/a", "G/e", "D/b"]
 
 
 def test_names_of_signatures_follow_the_circle():
