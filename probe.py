@@ -1092,19 +1092,18 @@ def add_columns(table, more, prefix=""):
         table.setdefault(name, {}).update({prefix + column: cell for column, cell in row.items()})
 
 
-def probe_targets(items, tracks, targets, runs=None, grid=False, shares=(), confusion=None, **config):
+def probe_targets(items, tracks, targets, runs=None, grid=False, shares=(), **config):
     """Probe every row of `items` on all targets {label: kind}, in the first `runs` splits: (table, remarks).
 
-    grid: select the configuration of each row; shares: of the training labels, as extra columns; confusion: row whose
-    confusion matrix is a remark; config: changes to LINEAR.
+    grid: select the configuration of each row; shares: of the training labels, as extra columns; config: changes to
+    LINEAR.
     """
     splits, table, remarks = splits_of(tracks)[:runs], {}, []
     for label, kind in targets.items():
         target = TARGETS[kind]([t.labels[label] for t in tracks], items)
-        remarks.append(f"{label}: {len(target.names)} outputs")
-        rows, more, outputs = probe_rows(items.rows, target, splits, grid, shares, **config)
+        rows, more, _ = probe_rows(items.rows, target, splits, grid, shares, **config)
         add_columns(table, rows, f"{label} " if len(targets) > 1 else "")
-        remarks += more + confusion_lines(target, outputs[confusion][0], splits[0][2]) if confusion else more
+        remarks += [f"{label}: {len(target.names)} outputs", *more]
     return table, remarks
 
 
@@ -1191,16 +1190,6 @@ def print_comparison(args):
                 tables.setdefault(column, {}).setdefault(name, {})[path] = cell
     for column, table in tables.items():
         print_table(column, table)
-
-
-def confusion_lines(target, outputs, tracks):
-    """How often a class (line) is taken for another (column) among some tracks."""
-    counts = np.zeros((len(target.names), len(target.names)), int)
-    np.add.at(counts, (target.truth[tracks], outputs.argmax(axis=1)), 1)
-    lines = ["confusion: true class (line), predicted class (column)"]
-    for name, row in zip(["", *target.names], [target.names, *counts]):
-        lines.append(f"{name!s:20}" + "".join(f"{str(cell)[:4]:>5}" for cell in row))
-    return lines
 
 
 # ---------------------------------------------------------------- zero-shot key
@@ -1521,10 +1510,8 @@ def run_task(args):
         items = all_items(model, songs, args.device, layers_of(args, model), TARGETS[kind].per_frame)
         if kind == "key":
             shot = zero_shot(model, songs, args.device, [t.labels[label] for t in kept], splits_of(kept))
-    if args.confusion and (args.confusion not in items.rows or kind not in ("class", "unbalanced", "key")):
-        raise InputError(f"--confusion {args.confusion}: give a row of a task with classes: {', '.join(items.rows)}")
     splits = splits_of(kept)
-    table, remarks = probe_targets(items, kept, targets, None, args.grid, args.shares, args.confusion)
+    table, remarks = probe_targets(items, kept, targets, None, args.grid, args.shares)
     add_columns(table, shot)
     name, official = f"{args.task}-{Path(args.data or '').resolve().stem}-{label}", None
     if args.task in TASKS:
@@ -1777,7 +1764,6 @@ def main():
                           help="also with these shares of the labels: 0.01,0.1,0.25,0.5")
     protocol.add_argument("--layers", help="all, or numbers: 0,6,12 (default: the last layer)")
     protocol.add_argument("--features", metavar="NPZ", help="probe these embeddings: arrays features, track[, time]")
-    protocol.add_argument("--confusion", metavar="ROW", help="print the confusion matrix of a row")
     commands = parser.add_subparsers(dest="task", required=True, metavar="TASK")
 
     def command(name, run, text, parent=network):

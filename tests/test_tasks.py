@@ -546,25 +546,20 @@ def test_windows_stay_with_their_track_also_in_a_file_of_features(gtzan, run, mo
     assert list(written("gtzan")) == ["features", "chance"] and written("gtzan")["features"] == before["concat"]
 
 
-def test_layers_labels_and_confusion(gtzan, run):
-    """A row per layer and readout; a column per share of the labels; one matrix whose counts are the test tracks."""
-    out = run("gtzan", "--data", gtzan[0], "--layers", "all", "--labels", "0.5,1", "--confusion", "cpsd L1")
+def test_layers_and_labels(gtzan, run):
+    """A row per layer and readout; a column per share of the labels."""
+    run("gtzan", "--data", gtzan[0], "--layers", "all", "--labels", "0.5,1")
     rows, names = written("gtzan"), [f"{name} L{layer}" for layer in (0, 1) for name in ROWS]
     assert list(rows) == [*names, *(f"untrained {name}" for name in names), "raw mean", "raw", *CHOSEN]
     for name in (*names, "raw"):
         assert list(rows[name]) == ["accuracy", "accuracy @50 %", "accuracy @100 %"]
         assert rows[name]["accuracy @100 %"]["scores"] == rows[name]["accuracy"]["scores"]
     assert list(rows["chosen on validation"]) == ["accuracy"]
-    matrix = out[re.search(r"\n +blue +jazz +rock\n", out).end():].splitlines()[:3]
-    assert [line.split()[0] for line in matrix] == ["blues", "jazz", "rock"]
-    counts = np.array([line.split()[1:] for line in matrix], int)
-    assert counts.sum(axis=1).tolist() == [2, 2, 1]
-    assert counts.trace() / 5 == pytest.approx(rows["cpsd L1"]["accuracy"]["scores"][0])
 
 
 @pytest.mark.parametrize("words, message", [
     ("--layers 2", "--layers 2: this network has layers 0 to 1"), ("--layers last", "--layers last"),
-    ("--labels 2", None), ("--labels half", None), ("--confusion best", "--confusion best: give a row of a task")])
+    ("--labels 2", None), ("--labels half", None)])
 def test_options_that_do_not_fit_are_refused_before_any_fit(words, message, gtzan, run, monkeypatch):
     """One clear line, or argparse's; never a traceback."""
     monkeypatch.setattr(probe, "fit", lambda *_, **__: pytest.fail("trained a probe"))
@@ -644,7 +639,7 @@ def test_chords_table(run, tmp_path):
 
 
 def test_local_tasks_take_layers_labels_and_grid(run, tmp_path, monkeypatch):
-    """As tasks of whole tracks do; three songs leave one for training. A confusion matrix is for classes only."""
+    """As tasks of whole tracks do; three songs leave one for training."""
     lay_songs(tmp_path, ["one", "two", "three"], lambda i: "0 1.5 C\n1.5 3.5 G\n")
     run("chords", "--data", tmp_path, "--layers", "0,1", "--labels", "0.5,1")
     rows, inner = written("chords"), [f"{name} L{layer}" for name in LOCAL[:2] for layer in (0, 1)]
@@ -657,8 +652,6 @@ def test_local_tasks_take_layers_labels_and_grid(run, tmp_path, monkeypatch):
     out = run("chords", "--data", tmp_path, "--grid")
     assert list(written("chords-grid")) == LOCAL and "protocol grid" in out
     assert "\nsequence: {'standardize': False, 'hidden': 0, 'batch': 64" in out
-    with pytest.raises(data.InputError, match="--confusion sequence"):
-        run("chords", "--data", tmp_path, "--confusion", "sequence")
 
 
 @pytest.mark.parametrize("task, metric", [("chords", "overlap"), ("beats", "F")])
@@ -723,12 +716,11 @@ def test_csv_of_every_kind(how, label, kind, first, own, run, monkeypatch):
     """The kind follows from the column; the given split is used, or groups stay apart; what is lost is listed."""
     seen, split = [], probe.splits_of
     monkeypatch.setattr(probe, "splits_of", lambda tracks: seen.append((tracks, split(tracks))) or seen[-1][1])
-    out = run("csv", "--data", own / "labels.csv", "--audio", own / "audio", "--label", label, *how.split(),
-              *(("--confusion", "raw") if label in ("key", "style") else ()))
+    out = run("csv", "--data", own / "labels.csv", "--audio", own / "audio", "--label", label, *how.split())
     rows, labelled = written(f"csv-labels-{label}"), 15 if label == "key" else 17  # the key column has an X and a blank
     assert f"{label}: {kind}; {labelled} of 17 rows have a label" in out
     assert f"{labelled - 2} of {labelled} files; 2 missing or unreadable: p0/lost.wav, p1/broken.wav\n" in out
-    assert next(iter(rows["raw"])) == first and ("confusion: " in out) == (label in ("key", "style"))
+    assert next(iter(rows["raw"])) == first
     assert list(rows) == [*PROBED, *CHOSEN, *(ZERO_SHOT if label == "key" else ())]
     tracks, splits = seen[0]
     player = np.array([t.name[1] for t in tracks])
