@@ -148,8 +148,8 @@ def read_beat_times(path):
 
 # ---------------------------------------------------------------- tasks: tracks with labels
 
-# labels {target: label}; split: "train", "valid", "test", a fold number, or None (then groups become folds). Tracks of one
-# group (an artist, an album) stay on one side. path is None where the audio is missing.
+# labels {target: label}; split: "train", "valid", "test", a fold number, or None (then groups become folds). Tracks of
+# one group (an artist, an album) stay on one side. path is None where the audio is missing.
 Track = namedtuple("Track", "name path labels split group")
 # what, needs: for `list` and for the message when files are missing; homes: default folders in datasets/;
 # read(Files) yields Tracks; targets {name: kind in TARGETS}; official: number of tracks.
@@ -514,13 +514,12 @@ def windows_of(songs, keep_rest=False):
 
 def batches_of(windows, size=128, progress=None):
     """Yields (indices, windows (n <= size, frames, 224) uint8): every window once, windows of one length together."""
-    lengths = np.array([len(window) for window in windows])
-    with tqdm(total=len(windows), desc=progress, unit="window", disable=progress is None, delay=2) as bar:
-        for length in np.unique(lengths):
-            alike = np.flatnonzero(lengths == length)
-            for indices in np.split(alike, range(size, len(alike), size)):
-                yield indices, torch.from_numpy(np.stack([windows[i] for i in indices]))
-                bar.update(len(indices))
+    lengths, batches = np.array([len(window) for window in windows]), []
+    for length in np.unique(lengths):
+        alike = np.flatnonzero(lengths == length)
+        batches += np.split(alike, range(size, len(alike), size))
+    for indices in tqdm(batches, desc=progress, unit="batch", disable=progress is None, delay=2):
+        yield indices, torch.from_numpy(np.stack([windows[i] for i in indices]))
 
 
 def views_of(windows, device, crop=PITCH_CROP):
@@ -745,13 +744,13 @@ def retrieval(first, second, size=128):
 
     first, second (tracks, dim). One score per seed, which draws the tracks.
     """
+    first, second = F.normalize(first.float(), dim=-1), F.normalize(second.float(), dim=-1)
     scores = []
     for seed in range(SEEDS):
-        chosen = np.random.default_rng(seed).choice(len(first), min(size, len(first)), replace=False)
-        a, b = F.normalize(first[chosen].float(), dim=-1), F.normalize(second[chosen].float(), dim=-1)
-        cosine, right = a @ b.T, torch.arange(len(chosen))
-        hits = (cosine.argmax(dim=1) == right).float() + (cosine.argmax(dim=0) == right).float()
-        scores.append(hits.mean().item() / 2)
+        drawn = np.random.default_rng(seed).choice(len(first), min(size, len(first)), replace=False)
+        cosine, right = first[drawn] @ second[drawn].T, torch.arange(len(drawn))
+        hits = torch.cat([cosine.argmax(dim=1) == right, cosine.argmax(dim=0) == right])
+        scores.append(hits.float().mean().item())
     return scores
 
 
@@ -833,7 +832,7 @@ class Tags(Target):
 
 
 class Regression(Target):
-    """Labels: one tuple of numbers a track. The probe's outputs are scaled to the training items' mean and deviation."""
+    """Labels: one tuple of numbers a track. Outputs are in units of the training items' mean and deviation."""
     loss, names = staticmethod(F.mse_loss), ("",)
     metrics = {"R2": lambda o, t: float(r2(o, t).mean())}
 
@@ -848,24 +847,24 @@ class Emotion(Regression):
 
 
 class Chords(Target):
-    """25 classes per frame; a row is (frames right, frames with a label). Labels: [(start, end, class)] of each track."""
+    """25 classes per frame; a row is (frames right, frames with a label). Labels: [(start, end, class)] a track."""
     per_frame, names = True, range(25)
     metrics = {"overlap": lambda c, _: finite_mean(c[:, 0] / np.where(c[:, 1], c[:, 1], np.nan)),
                "overlap (pooled)": lambda c, _: float(c[:, 0].sum() / c[:, 1].sum())}
 
     def __init__(self, labels, items):
-        self.items, self.truth, y = items, np.zeros(len(labels)), np.full(len(items.owner), UNKNOWN)
+        self.items, self.truth, y = items, np.zeros(len(labels)), []
         for track, intervals in enumerate(labels):
-            mine = np.flatnonzero(items.owner == track)
+            time = items.time[items.owner == track]
+            y.append(np.full(len(time), UNKNOWN))
             for start, end, chord in intervals:
-                y[mine[(items.time[mine] >= start) & (items.time[mine] < end)]] = chord
-        self.y = torch.from_numpy(y)                                       # (items,)
+                y[-1][(time >= start) & (time < end)] = chord
+        self.y = torch.from_numpy(np.concatenate(y))                       # (items,)
 
     def predict(self, outputs, items, tracks, setting=None):
-        scored = (self.y[items] >= 0).numpy()
-        right = scored & (outputs.argmax(dim=1) == self.y[items]).numpy()
+        right = (outputs.argmax(dim=1) == self.y[items]).numpy()
         place = np.searchsorted(tracks, self.items.owner[items])
-        return np.stack([np.bincount(place, hit, len(tracks)) for hit in (right, scored)], axis=1)
+        return np.stack([np.bincount(place, hit, len(tracks)) for hit in (right, (self.y[items] >= 0).numpy())], axis=1)
 
 
 class Beats(Target):
@@ -880,20 +879,18 @@ class Beats(Target):
                "F (pooled)": lambda c, _: float(f_measure(c.sum(axis=0, keepdims=True))[0])}
 
     def __init__(self, labels, items):
-        self.items, self.truth, self.beats = items, np.zeros(len(labels)), []
-        y = np.full((len(items.owner), 1), UNKNOWN, np.float32)
+        self.items, self.truth, self.beats, y = items, np.zeros(len(labels)), [], []
         for track, beats in enumerate(map(np.array, labels)):
-            mine = np.flatnonzero(items.owner == track)
-            time, step = items.time[mine], np.median(np.diff(items.time[mine]))
+            time = items.time[items.owner == track]
+            step = np.median(np.diff(time))
             beats = beats[beats < time[-1] + step]
             self.beats.append(beats)
-            if len(beats) < 2:
-                continue
-            period = np.median(np.diff(beats))
-            near = np.abs(time[:, None] - beats).min(axis=1) <= 1.5 * step
-            inside = (time >= beats[0] - period) & (time <= beats[-1] + period)
-            y[mine[inside], 0] = near[inside]
-        self.y = torch.from_numpy(y)                                       # (items, 1)
+            y.append(np.full((len(time), 1), UNKNOWN, np.float32))
+            if len(beats) > 1:
+                period = np.median(np.diff(beats))
+                counted = (time >= beats[0] - period) & (time <= beats[-1] + period)
+                y[-1][counted, 0] = np.abs(time[counted, None] - beats).min(axis=1) <= 1.5 * step
+        self.y = torch.from_numpy(np.concatenate(y))                       # (items, 1)
 
     def predict(self, outputs, items, tracks, setting=0.5):
         activation, owner, rows = outputs[:, 0].sigmoid().numpy(), self.items.owner[items], []
@@ -1058,12 +1055,12 @@ def chance(x, target, train, test):
 
 
 def label_share(x, target, splits, share, configs):
-    """Column and cell of a row that is trained on a share of the training labels, another draw in each split."""
+    """{column: cell} of a row that is trained on a share of the training labels, another draw in each split."""
     scores = []
     for seed, (train, valid, test) in enumerate(splits):
         part = labelled_part(target, train, share, seed)
         scores.append(score(target, fit_split(x, target, (part, valid, test), seed, **configs[seed])[1], test))
-    return f"{next(iter(target.metrics))} @{100 * share:g} %", mean_of(scores)
+    return {f"{next(iter(target.metrics))} @{100 * share:g} %": mean_of(scores)}
 
 
 # ---------------------------------------------------------------- from items to a table
@@ -1076,8 +1073,8 @@ def mean_of(values):
     return dict(mean=float(np.nanmean(values)), std=float(np.nanstd(values)), scores=[float(v) for v in values])
 
 
-def cells_of(metrics, outputs, truth, splits):
-    """{metric: cell}, the first with its interval. outputs: rows of the test tracks per split; truth of all tracks."""
+def cells_of(metrics, truth, splits, outputs):
+    """{metric: cell}, the first with its interval. truth of all tracks; outputs: rows of the test tracks per split."""
     truths = [truth[test] for _, _, test in splits]
     cells = {name: mean_of(list(map(metric, outputs, truths))) for name, metric in metrics.items()}
     first, shared = next(iter(metrics)), splits[0] is splits[-1]           # seeds that share their test tracks
@@ -1101,16 +1098,16 @@ def probe_targets(items, tracks, targets, runs=None, grid=False, shares=(), **co
     splits, table, remarks = splits_of(tracks)[:runs], {}, []
     for label, kind in targets.items():
         target = TARGETS[kind]([t.labels[label] for t in tracks], items)
-        rows, more, _ = probe_rows(items.rows, target, splits, grid, shares, **config)
+        rows, more = probe_rows(items.rows, target, splits, grid, shares, **config)
         add_columns(table, rows, f"{label} " if len(targets) > 1 else "")
         remarks += [f"{label}: {len(target.names)} outputs", *more]
     return table, remarks
 
 
-def probe_rows(rows, target, splits, grid, shares, **config):
-    """Probe rows {name: (items, dim)} on one target: (table, remarks, {row: rows of the test tracks in each split})."""
+def probe_rows(rows, target, splits, grid=False, shares=(), **config):
+    """Probe rows {name: (items, dim)} on one target, once per split: (table, remarks)."""
     config = LINEAR | (dict(batch=FRAME_BATCH) if target.per_frame else {}) | config
-    table, remarks, runs, outputs = {}, [], {}, {}
+    cells, table, remarks, runs = partial(cells_of, target.metrics, target.truth, splits), {}, [], {}
     for name, x in tqdm(rows.items(), desc="probes", unit="row"):
         configs = [config] * len(splits)
         if grid:
@@ -1119,33 +1116,17 @@ def probe_rows(rows, target, splits, grid, shares, **config):
             remarks += [f"{name}: {config}" for config in configs]
             configs *= len(splits) // len(different)
         runs[name] = [fit_split(x, target, split, seed, **configs[seed]) for seed, split in enumerate(splits)]
-        outputs[name] = [predicted for _, predicted in runs[name]]
-        table[name] = {}
+        table[name] = cells([predicted for _, predicted in runs[name]])
         for share in shares:
-            column, cell = label_share(x, target, splits, share, configs)
-            table[name][column] = cell
-    for title, names in chosen_rows(runs).items():
-        outputs[title] = [outputs[name][seed] for seed, name in enumerate(names)]
-        remarks.append(f"{title}: {', '.join(names)}")
-    outputs["chance"] = [chance(x, target, train, test) for train, _, test in splits]
-    for name, predicted in outputs.items():
-        table[name] = cells_of(target.metrics, predicted, target.truth, splits) | table.get(name, {})
-    return table, remarks, outputs
-
-
-def chosen_rows(runs):
-    """{title: row with the best validation score in each seed}, among trained and among untrained rows.
-
-    runs {row: [(validation score, ...) of each seed]}.
-    """
-    fresh = [name for name in runs if name.startswith("untrained ")]
-    trained = [name for name in runs if name not in fresh and not name.startswith("raw")]
-    found = {}
-    for title, names in (("chosen on validation", trained), ("untrained, chosen", fresh)):
-        if len(names) > 1:
-            seeds = range(len(runs[names[0]]))
-            found[title] = [max(names, key=lambda name: runs[name][seed][0]) for seed in seeds]
-    return found
+            table[name] |= label_share(x, target, splits, share, configs)
+    for title, chosen in (("chosen on validation", [n for n in runs if not n.startswith(("raw", "untrained "))]),
+                          ("untrained, chosen", [n for n in runs if n.startswith("untrained ")])):
+        if len(chosen) > 1:
+            best = [max(chosen, key=lambda name: runs[name][seed][0]) for seed in range(len(splits))]
+            table[title] = cells([runs[name][seed][1] for seed, name in enumerate(best)])
+            remarks.append(f"{title}: {', '.join(best)}")
+    table["chance"] = cells([chance(x, target, train, test) for train, _, test in splits])
+    return table, remarks
 
 
 def text_of(cell):
@@ -1264,7 +1245,7 @@ def zero_shot(model, songs, device, truth, splits=None):
     for name, outputs in rows.items():
         names = KEY_SCORES if outputs.shape[1] == 24 else ("signature", "KSEA")  # 12 outputs have no mode
         metrics = {metric: Keys.metrics[metric] for metric in names}
-        table[name] = cells_of(metrics, [outputs[test] for _, _, test in splits], np.array(truth), splits)
+        table[name] = cells_of(metrics, np.array(truth), splits, [outputs[test] for _, _, test in splits])
     return table
 
 
@@ -1339,40 +1320,39 @@ def save_figure(plt, figure, path):
     print(f"figure in {path}")
 
 
-def draw_panels(plt, panels, begin, end):
-    """Images over one time axis, begin to end in s: panels [(title, image (rows, frames or cells), row names or ())]."""
+def draw_panels(plt, path, panels, begin, end):
+    """Images over one time axis, begin to end in s: panels [(title, image (rows, frames), row names or ())]."""
     figure, axes = plt.subplots(len(panels), 1, figsize=(11, 3 * len(panels)), sharex=True, squeeze=False)
     for ax, (title, image, names) in zip(axes[:, 0], panels):
         extent = (begin, end, -0.5, len(image) - 0.5)                      # row 0 at the bottom
         drawn = ax.imshow(image, origin="lower", aspect="auto", extent=extent, vmax=np.quantile(image, 0.995))
         ax.set(title=title, yticks=range(len(names)), yticklabels=names, xlabel="time, s")
         figure.colorbar(drawn, ax=ax, pad=0.01)
-    return figure
+    save_figure(plt, figure, path)
 
 
 def principal(x):
-    """PCA: x (tracks, dim) -> (tracks, 2), and each direction's share of the variance (largest weight positive)."""
-    u, s, v = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
-    sign = v[:2].gather(1, v[:2].abs().argmax(dim=1, keepdim=True)).sign()[:, 0]
-    return u[:, :2] * s[:2] * sign, (s[:2] ** 2 / s.square().sum()).tolist()
+    """PCA: x (tracks, dim) -> (tracks, 2), and each direction's share of the variance."""
+    u, s, _ = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
+    return u[:, :2] * s[:2], (s[:2] ** 2 / s.square().sum()).tolist()
 
 
-def draw_map(plt, rows):
+def draw_map(plt, path, rows):
     """rows [({name: (tracks, dim)}, labels of the tracks, by: key, folder or instrument)], one row of panels each."""
     width = len(rows[0][0])
     figure, panels = plt.subplots(len(rows), width, figsize=(1 + 4.8 * width, 9), squeeze=False)
-    for line, (embeddings, labels, by) in zip(panels, rows):
-        names = [n for n in FIFTH_NAMES if n in labels] if by == "key" else sorted(set(labels))
-        for axes, (name, x) in zip(line, embeddings.items()):
+    for line, (found, labels, by) in zip(panels, rows):
+        names = [name for name in FIFTH_NAMES if name in labels]           # keys by fifths, other labels by name
+        names += sorted(set(labels) - set(names))
+        for ax, (name, x) in zip(line, found.items()):
             places, shares = principal(x)
-            for i, label in enumerate(names + ["?"] * ("?" in labels)):
-                colour = plt.cm.hsv(FIFTH_NAMES.index(label) / 12) if label in FIFTH_NAMES else plt.cm.tab20(i % 20)
+            for i, label in enumerate(names):
                 mine = np.array(labels) == label
-                axes.scatter(*places.numpy()[mine].T, s=22, color=colour, label=label, edgecolor="white", lw=0.4)
-            axes.set(title=f"{name}, by {by}", xlabel=f"PC 1 ({100 * shares[0]:.0f} % of the variance)",
-                     ylabel=f"PC 2 ({100 * shares[1]:.0f} %)")
-        axes.legend(title=by, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
-    return figure
+                ax.scatter(*places.numpy()[mine].T, s=22, color=plt.cm.hsv(i / len(names)), label=label)
+            ax.set(title=f"{name}, by {by}", xlabel=f"PC 1 ({100 * shares[0]:.0f} % of the variance)",
+                   ylabel=f"PC 2 ({100 * shares[1]:.0f} %)")
+        ax.legend(title=by, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    save_figure(plt, figure, path)
 
 
 # ---------------------------------------------------------------- what a command works on
@@ -1429,8 +1409,8 @@ def tracks_of(args):
     except (KeyError, ValueError) as error:
         problem = f"a label file is not as published: {type(error).__name__} {error}"
     if not any(t.path for t in tracks) and not (args.features and tracks):
-        raise InputError(f"{args.task}: {task.what}; {problem}\n  needs below {' and '.join(map(str, roots))}, or below "
-                         f"the folder of --data: {task.needs}")
+        raise InputError(f"{args.task}: {task.what}; {problem}\n  needs below {' and '.join(map(str, roots))}, or in "
+                         f"another folder with --data: {task.needs}")
     return tracks, task.targets
 
 
@@ -1681,8 +1661,8 @@ def print_show(args):
             cells = self_similarity(x, max(16, len(x) // 1000)).numpy()              # cells of half a second or more
             far.append((f"self-similarity of {name}: cosine, mean of the song removed", cells, ()))
     folder = Path(args.out or f"{Path(args.song).stem}-figures")
-    save_figure(plt, draw_panels(plt, near, begin * FRAME_SECONDS, end * FRAME_SECONDS), folder / "closeup.png")
-    save_figure(plt, draw_panels(plt, far, 0, len(frames) * FRAME_SECONDS), folder / "song.png")
+    draw_panels(plt, folder / "closeup.png", near, begin * FRAME_SECONDS, end * FRAME_SECONDS)
+    draw_panels(plt, folder / "song.png", far, 0, len(frames) * FRAME_SECONDS)
 
 
 def print_map(args):
@@ -1713,7 +1693,7 @@ def print_map(args):
         panels = {prefix + name: x for name, x in found.items()}
         rows += [(panels, values, by) for by, values in labels.items()]
     if plt:
-        save_figure(plt, draw_map(plt, rows), args.out)
+        draw_map(plt, args.out, rows)
 
 
 def print_emergence(args):

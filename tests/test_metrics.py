@@ -335,7 +335,7 @@ def test_where_seeds_share_the_test_set_the_first_stands_for_all(monkeypatch):
     monkeypatch.setattr(probe, "interval", partial(probe.interval, draws=100))
     alone = probe.interval(probe.accuracy, [outputs], [truth])
     splits = [((), (), np.arange(40))] * 3
-    cell = probe.cells_of({"accuracy": probe.accuracy}, [outputs, other, other], truth, splits)["accuracy"]
+    cell = probe.cells_of({"accuracy": probe.accuracy}, truth, splits, [outputs, other, other])["accuracy"]
     assert cell["interval"] == alone and cell["scores"] == [0.75, 0.075, 0.075]
 
 

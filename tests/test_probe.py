@@ -326,7 +326,7 @@ def test_each_fold_has_a_choice_without_its_test_tracks(monkeypatch):
         return dict(LINEAR, steps=0)
 
     monkeypatch.setattr(probe, "choose", choose)
-    probe.probe_rows(items.rows, probe.Classes(y.tolist(), items), splits, grid=True, shares=())
+    probe.probe_rows(items.rows, probe.Classes(y.tolist(), items), splits, grid=True)
     assert len(seen) == 5 and all(not used & set(test) for used, (_, _, test) in zip(seen, splits))
 
 
@@ -393,15 +393,13 @@ def test_the_beat_threshold_is_selected_without_the_test_tracks(clips):
     """With other beats in the test tracks as many are estimated there."""
     (items, tracks), found = clips, []
     for _ in range(2):
-        target = probe.Beats([t.labels["beats"] for t in tracks], items)
-        found.append(probe.probe_rows(items.rows, target, probe.splits_of(tracks)[:1], False, (), steps=32)[2])
+        target, options = probe.Beats([t.labels["beats"] for t in tracks], items), dict(LINEAR, batch=2048, steps=32)
+        found.append([probe.fit_split(x, target, probe.splits_of(tracks)[0], 0, **options)[1] for x in items.rows.values()])
         for track in tracks:
             if track.split == "test":
                 track.labels["beats"] = [0.2 * k + 0.1 for k in range(20)]
-    before, after = found
-    for name, (counts,) in before.items():
-        assert np.array_equal(counts[:, 1], after[name][0][:, 1])
-        assert not np.array_equal(counts[:, 2], after[name][0][:, 2])
+    for before, after in zip(*found):
+        assert np.array_equal(before[:, 1], after[:, 1]) and not np.array_equal(before[:, 2], after[:, 2])
 
 
 def test_frames_without_a_chord_label_are_neither_learnt_nor_scored():
