@@ -284,6 +284,15 @@ def read_mtt(files, untagged=False):
             yield files.track(name, {"tags": tags}, part)
 
 
+def read_jamendo(files, tags):
+    """split-0/autotagging_genre-train.tsv: TRACK_ID ARTIST_ID ALBUM_ID PATH DURATION TAGS, a field each."""
+    for path in files.matching(rf"/split-0/autotagging_{tags}-(train|validation|test)\.tsv$"):
+        for line in path.read_text().splitlines()[1:]:
+            _, artist, _, audio, _, *found = line.split("\t")
+            name = audio.removesuffix(".mp3")
+            yield files.track(name, {"tags": found}, path.stem.split("-")[1], artist, also=[f"{name}.low"])
+
+
 def read_emomusic(files):
     """songs_info.csv names the official test set; the rest is split by artist. Arousal and valence, 1 to 9."""
     means = {row["song_id"]: (float(row["mean_arousal"]), float(row["mean_valence"]))
@@ -419,6 +428,12 @@ TASKS = {
 }
 TASKS["mtt-all"] = TASKS["mtt"]._replace(what="50 tags, with untagged clips, as in jukemir and Myna", official=25860,
                                          read=partial(read_mtt, untagged=True))
+for name, tags, official in (("top50", "top50tags", 54380), ("genre", "genre", 55094),
+                             ("instrument", "instrument", 24976), ("mood", "moodtheme", 17982)):
+    TASKS[f"jamendo-{name}"] = Task(
+        f"{name} tags of MTG-Jamendo's full songs, split 0", "data/splits/split-0/ of the repository "
+        "MTG/mtg-jamendo-dataset, and the folders 00/ ... 99/ of its audio or audio-low",
+        ("jamendo",), partial(read_jamendo, tags=tags), {"tags": "tags"}, official)
 
 
 def read_folders(args):

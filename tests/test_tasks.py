@@ -263,6 +263,28 @@ def test_mtt_tags_folders_and_dropped_rows(folder, columns_from_features, tmp_pa
     assert "8 of 25860 files" in out and "3 train, 1 valid, 4 test" in out
 
 
+@pytest.mark.parametrize("task, tags", [("top50", "top50tags"), ("genre", "genre"), ("instrument", "instrument"), ("mood", "moodtheme")])
+@pytest.mark.parametrize("audio", ["{}.mp3", "raw_30s_audio/{}.mp3", "audio-low/{}.low.mp3"])
+def test_jamendo_tags_span_fields(task, tags, audio, columns_from_features, tmp_path):
+    """Every field after the fifth is a tag; only split 0, and only the lists of the task."""
+    songs = {"train": ("48/948", "genre---pop\tmood/theme---dark"), "validation": ("00/7400", "genre---pop"),
+             "test": ("32/1001032", "genre---rock\tinstrument---piano\tmood/theme---film")}
+    for i, (part, (name, labels)) in enumerate(songs.items()):
+        head, row = "TRACK_ID\tARTIST_ID\tALBUM_ID\tPATH\tDURATION\tTAGS\n", f"track_{i}\tartist_{i}\talbum_1\t{name}.mp3\t85.9\t"
+        write(tmp_path / f"data/splits/split-0/autotagging_{tags}-{part}.tsv", f"{head}{row}{labels}\n")
+        write(tmp_path / f"data/splits/split-1/autotagging_{tags}-{part}.tsv", f"{head}{row}genre---wrong\n")
+        write(tmp_path / f"data/splits/split-0/autotagging-{part}.tsv", f"{head}{row}genre---wrong\n")
+        lay(tmp_path, audio.format(name))
+    tracks = read(f"jamendo-{task}", tmp_path)
+    assert {n: (t.labels["tags"], t.split, t.group) for n, t in tracks.items()} == {
+        "48/948": (["genre---pop", "mood/theme---dark"], "train", "artist_0"), "00/7400": (["genre---pop"], "valid", "artist_1"),
+        "32/1001032": (["genre---rock", "instrument---piano", "mood/theme---film"], "test", "artist_2")}
+    assert all(t.path.as_posix().endswith(audio.format(n)) for n, t in tracks.items())
+    if task == "mood":
+        out, chance = columns_from_features("jamendo-mood", tmp_path)
+        assert list(chance) == ["ROC-AUC", "AP"] and "tags: 5 outputs" in out and "3 of 17982 files" in out
+
+
 def test_emomusic_blanks_columns_and_artists(columns_from_features, tmp_path):
     """Blanks and tabs as in the real cells, valence before arousal, a song without values."""
     valid, train = hashes_to(10, lambda h: h >= 8)[0], hashes_to(10, lambda h: h < 8)[0]
