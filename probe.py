@@ -7,7 +7,7 @@
     python probe.py csv --data labels.csv --audio DIR --label COLUMN [--split COLUMN] [--group COLUMN]
     python probe.py key SONG_OR_FOLDER... [--keys CSV]      key without labels (zero-shot)
     python probe.py embed FOLDER... --out FILE.npz          embeddings of every track
-    python probe.py show SONG [--out DIR]                   figures: spectrograms, key, attention, self-similarity
+    python probe.py show SONG [--out DIR]                   figures: spectrograms, attention, key, self-similarity
     python probe.py map --data DIR [--keys CSV]             PCA of the class tokens of a folder of music
     python probe.py emergence [--data DIR]                  chords, beats and onsets, layer by layer
     python probe.py compare A.json B.json...                tables of several runs side by side
@@ -127,8 +127,7 @@ def parse_chord(label):
 def read_chord_intervals(path):
     """[(start, end, class)], seconds, of a .lab file (any white space) or a ;-separated csv with a header."""
     if path.suffix == ".csv":
-        rows = [(row.get("start", row.get("t_start")), row.get("end", row.get("t_end")),
-                 row.get("majmin", row.get("chord"))) for row in read_table(path, ";")]
+        rows = [[*row.values()][:2] + [row.get("majmin", row.get("chord"))] for row in read_table(path, ";")]
     else:
         lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
         rows = [(fields[0], fields[1], fields[-1]) for fields in map(str.split, lines) if len(fields) >= 3]
@@ -471,7 +470,7 @@ def kind_of(column, values):
         return "key"
     if all(map(number, values)):
         return "regression"
-    return "tags" if any("|" in value for value in values) else "class"
+    return "tags" if "|" in "".join(values) else "class"
 
 
 def read_csv(args):
@@ -484,17 +483,15 @@ def read_csv(args):
         if not rows or column not in rows[0]:
             there = ", ".join(rows[0]) if rows else "no rows"
             raise InputError(f"{args.data}: has no column {column!r}; it has {there}")
-    kind = args.kind or kind_of(args.label, [row[args.label] for row in rows if row[args.label]])
+    labelled = [row for row in rows if row[args.label]]
+    kind, tracks = args.kind or kind_of(args.label, [row[args.label] for row in labelled]), {}
     parse = {"key": parse_key, "regression": number, "class": str,
              "tags": lambda value: [tag.strip() for tag in value.split("|") if tag.strip()]}[kind]
-    tracks = {}
-    for row in rows:
-        part = row[args.split].lower() if args.split else None
-        part = PARTS.get(part, part)
+    for row in labelled:
+        part = PARTS.get(row[args.split].lower(), row[args.split].lower()) if args.split else None
         if part not in (None, "train", "valid", "test"):
             raise InputError(f"{args.data}: {row[args.split]!r} in {args.split} is none of train, valid, test")
-        label = parse(row[args.label]) if row[args.label] else None
-        if label is not None:
+        if (label := parse(row[args.label])) is not None:
             name, path = str(Path(row["file"])), audio / row["file"]
             group = row[args.group] if args.group else name
             tracks[name] = Track(name, path if path.is_file() else None, {args.label: label}, part, group)
@@ -527,13 +524,13 @@ def windows_of(songs, keep_rest=False):
     return np.array(owner), np.array(start), windows
 
 
-def batches_of(windows, size=128, progress=None):
+def batches_of(windows, size=128):
     """Yields (indices, windows (n <= size, frames, 224) uint8): every window once, windows of one length together."""
     lengths, batches = np.array([len(window) for window in windows]), []
     for length in np.unique(lengths):
         alike = np.flatnonzero(lengths == length)
         batches += np.split(alike, range(size, len(alike), size))
-    for indices in tqdm(batches, desc=progress, unit="batch", disable=progress is None, delay=2):
+    for indices in tqdm(batches, desc="windows", unit="batch", delay=2):
         yield indices, torch.from_numpy(np.stack([windows[i] for i in indices]))
 
 
@@ -599,12 +596,12 @@ def raw_rows(cqt, mel, per_frame):
     frames = torch.cat([cqt, mel], dim=-1)                                 # (n, frames, 212)
     if per_frame:
         return {"raw": frames}
-    mean = frames.mean(dim=1)                                              # (n, 212)
-    return {"raw mean": mean, "raw": torch.cat([mean, frames.std(dim=1, unbiased=False)], dim=-1)}
+    rows = readouts((), frames[:, :0], frames)
+    return {"raw mean": rows["sequence mean"], "raw": rows["sequence mean+std"]}
 
 
 @torch.inference_mode()
-def extract(model, songs, device, layers=None, per_frame=False, progress=None):
+def extract(model, songs, device, layers=None, per_frame=False):
     """Items of every window, or of every frame, in the order of the songs, with rows of float16 features.
 
     songs: [(frames, 224) uint8]; model None gives the raw rows; layers: default the last one.
@@ -612,7 +609,7 @@ def extract(model, songs, device, layers=None, per_frame=False, progress=None):
     owner, start, windows = windows_of(songs, keep_rest=per_frame)
     counts = np.array([len(window) if per_frame else 1 for window in windows])       # items of each window
     first, places, parts = np.cumsum(counts) - counts, [], {}
-    for indices, batch in batches_of(windows, progress=progress):
+    for indices, batch in batches_of(windows):
         cqt, mel = views_of(batch, device)
         if model is None:
             rows = raw_rows(cqt, mel, per_frame)
@@ -631,7 +628,7 @@ def all_items(model, songs, device, layers=None, per_frame=False):
     """Items of songs [(frames, 224) uint8] with the rows of the trained and the untrained network and raw."""
     rows = {}
     for prefix, network in (("", model), ("untrained ", untrained(model, device)), ("", None)):
-        items = extract(network, songs, device, layers, per_frame, f"{prefix}features" if network else "raw features")
+        items = extract(network, songs, device, layers, per_frame)
         rows |= {prefix + name: x for name, x in items.rows.items()}
     return items._replace(rows=rows)
 
@@ -1213,7 +1210,7 @@ def key_outputs(model, tracks, device, crops=range(MAX_CROP + 1)):
     """
     name, (owner, _, windows) = model.key_token(), windows_of(tracks)
     logs = torch.zeros(len(owner), model.tasks[name].outputs)                                     # (windows, 12 or 24)
-    for indices, batch in batches_of(windows, progress="keys"):
+    for indices, batch in batches_of(windows):
         for crop in crops:
             with autocast(device):
                 keys = model.tasks[name].posterior(model(*views_of(batch, device, crop))[0][name])     # (n, 12 or 24)
@@ -1268,24 +1265,23 @@ def zero_shot(model, songs, device, truth, splits=None):
 
 
 @torch.inference_mode()
-def class_attention(model, tracks, device):
+def class_attention(model, songs, device):
     """Attention of each class token on the frames of every whole window: (windows, layers, tokens, heads, 126)."""
-    first, found = model.class_token_count, {}
-    for indices, batch in batches_of(windows_of(tracks)[2]):
-        inside = model(*views_of(batch, device), layers=range(len(model.blocks)))[1]            # inputs of each block
+    first, found = model.class_token_count, []
+    for _, batch in batches_of(windows_of(songs)[2]):                      # of one length: they come in order
+        inside = model(*views_of(batch, device), layers=range(len(model.blocks)))[1]    # inputs of each block
         weights = [block.attention(inside[i])[:, :, :first, first:] for i, block in enumerate(model.blocks)]
-        found |= zip(indices, torch.stack(weights, dim=1).transpose(2, 3).cpu())   # (layers, tokens, heads, 126) each
-    return torch.stack([found[i] for i in sorted(found)])
-
-
-def onset_windows(tracks):
-    """Spectral flux of every whole window, (windows, 126): mean rise of the mel from the frame before, in dB."""
-    found = []
-    for frames in tracks:
-        mel = torch.from_numpy(frames[:, N_BINS:].astype(np.float32)) * (DYNAMIC_RANGE / 255)     # (frames, 128) dB
-        flux = F.pad(mel.diff(dim=0).clamp(min=0).mean(dim=1), (1, 0))                            # (frames,)
-        found.append(flux[:len(flux) // SEGMENT * SEGMENT].view(-1, SEGMENT))
+        found.append(torch.stack(weights, dim=1).transpose(2, 3).cpu())    # (n, layers, tokens, heads, 126)
     return torch.cat(found)
+
+
+def onset_windows(songs):
+    """Spectral flux of every whole window, (windows, 126): mean rise of the mel from the frame before, in dB."""
+    fluxes = []
+    for frames in songs:
+        mel = frames[:, N_BINS:].astype(np.float32) * (DYNAMIC_RANGE / 255)              # (frames, 128) dB
+        fluxes.append(np.diff(mel, axis=0, prepend=mel[:1]).clip(min=0).mean(axis=1))    # (frames,)
+    return torch.from_numpy(np.stack(windows_of(fluxes)[2]))
 
 
 def correlations(x, envelope):
@@ -1324,7 +1320,7 @@ def pyplot():
     except ImportError:
         print("no figures without matplotlib: pip install matplotlib")
         return None
-    plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlelocation": "left", "axes.titlesize": 10})
+    plt.rcParams["figure.constrained_layout.use"] = True
     return plt
 
 
@@ -1376,21 +1372,19 @@ SHIPPED = Path(__file__).resolve().parent / "tests" / "weights" / "mt2.pt"
 EMERGENCE_SONGS = dict(train=64, valid=16, test=32)  # enough to compare layers in a minute (our choice)
 
 
-def open_model(args):
-    """(path, network): --checkpoint, or the newest run in out/, or the shipped weights. Raises InputError."""
+def open_model(args, frames=False):
+    """(path, network): --checkpoint, or the newest run in out/, or the shipped weights. Raises InputError.
+
+    frames: the command needs class tokens beside frames.
+    """
     path = args.checkpoint or max(Path("out").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime, default=SHIPPED)
     if not args.checkpoint:
         print(f"no run in out/: using the shipped weights {path}" if path == SHIPPED else f"checkpoint {path}")
     try:
-        return path, load_checkpoint(path, args.device)
+        model = load_checkpoint(path, args.device)
     except ValueError as error:
         raise InputError(str(error)) from None
-
-
-def open_frames_model(args):
-    """open_model, for commands that need class tokens beside frames."""
-    path, model = open_model(args)
-    if model.patches != [None] or model.pool != "token":
+    if frames and (model.patches != [None] or model.pool != "token"):
         raise InputError(f"{args.task}: needs class tokens beside frames; {path} was trained with --patch "
                          f"{model.config['patch']} --pool {model.pool}, give one with --patch 1 and --pool token")
     return path, model
@@ -1432,8 +1426,8 @@ def tracks_of(args):
 def open_tracks(name, tracks):
     """Prepare the audio of `tracks`, broken files left out: ([(frames, 224) uint8], the tracks that are there)."""
     files = {t.name: t.path for t in tracks if t.path}
-    where = "|".join(sorted({str(path.resolve().parent) for path in files.values()}))
-    store = prepare_files(sorted(files.items()), Path("data") / f"{name}-{hashed(where, 16 ** 8):08x}")
+    folders = sorted({str(path.resolve().parent) for path in files.values()})
+    store = prepare_files(sorted(files.items()), Path("data") / f"{name}-{hashed(str(folders), 16 ** 8):08x}")
     number = {name: i for i, name in enumerate(store.paths)}
     kept = [t for t in tracks if t.name in number]
     return [store.track(number[t.name]) for t in kept], kept
@@ -1521,11 +1515,9 @@ def run_task(args):
 
 
 def print_list(args):
-    """Which tasks there are, where each looks, and whether its folder is there."""
+    """Which tasks there are, where each looks and what it needs."""
     for name, task in TASKS.items():
-        roots = [Path("datasets") / home for home in task.homes]
-        there = " ".join(f"{root}/ {'found' if root.is_dir() else 'not there'}" for root in roots)
-        print(f"{name}: {task.what}\n    {there}; needs {task.needs}")
+        print(f"{name}: {task.what}\n    in datasets/{' or datasets/'.join(task.homes)}: {task.needs}")
     print("folders, csv: your recordings, one sub-folder per class, or with a table of labels\n"
           "synth: the embedded songs, nothing needed")
 
@@ -1621,9 +1613,9 @@ def embeddings(model, songs, device, windows=False):
 
     windows: {row: (windows, dim)} of every window, with `track` (windows,) its number and `time` (windows,) in seconds.
     """
-    items = extract(model, songs, device, progress="embedding")
+    items = extract(model, songs, device)
     names = [*model.tokens[:model.class_token_count], "sequence mean"]
-    rows = {name: items.rows[name].float() for name in names}
+    rows = {name.removesuffix(" mean"): items.rows[name].float() for name in names}
     if windows:
         return rows | dict(track=items.owner, time=items.time)
     return {name: track_mean(x, items.owner, np.arange(len(songs))) for name, x in rows.items()}
@@ -1633,7 +1625,6 @@ def write_embeddings(args):
     """Class tokens and the sequence mean of every track below the folders, or of every 4 s window, as an npz."""
     (_, model), store = open_model(args), prepare_folders(args.folders)
     arrays = embeddings(model, songs_of(store), args.device, args.windows)
-    arrays["sequence"] = arrays.pop("sequence mean")
     file = io.BytesIO()
     np.savez(file, paths=np.array(store.paths), **arrays)
     write_atomic(args.out, file.getbuffer())
@@ -1647,7 +1638,7 @@ def print_show(args):
 
     closeup.png: 16 s from the middle, CQT, mel and attention; song.png: key signature of each 4 s, self-similarity.
     """
-    _, model = open_frames_model(args)
+    _, model = open_model(args, frames=True)
     frames, depth = audio_to_frames(read_audio(args.song), FrontEnd()), model.config["depth"]
     if len(frames) < SEGMENT:
         raise InputError(f"{args.song}: is shorter than one window of 4 s; give a longer recording")
@@ -1671,10 +1662,11 @@ def print_show(args):
         keys = key_probabilities(model, windows_of([frames])[2], args.device)        # (windows, 12 or 24)
         keys = keys[:, :12] + (keys[:, 12:].roll(3, dims=1) if keys.shape[1] == 24 else 0)
         far.append(("key signature of each 4 s, probability", keys[:, FIFTHS].T.numpy(), FIFTH_NAMES))
-    for network in (None, model):
-        for name, x in extract(network, [frames], args.device, sorted({1, depth}), per_frame=True).rows.items():
-            cells = self_similarity(x, max(16, len(x) // 1000)).numpy()              # cells of half a second or more
-            far.append((f"self-similarity of {name}: cosine, mean of the song removed", cells, ()))
+    rows = extract(None, [frames], args.device, per_frame=True).rows
+    rows |= extract(model, [frames], args.device, sorted({1, depth}), per_frame=True).rows
+    size = max(16, len(frames) // 1000)                                              # of a cell: half a second or more
+    for name, x in rows.items():
+        far.append((f"self-similarity of {name}: cosine, mean of the song removed", self_similarity(x, size).numpy(), ()))
     folder = Path(args.out or f"{Path(args.song).stem}-figures")
     draw_panels(plt, folder / "closeup.png", near, begin * FRAME_SECONDS, end * FRAME_SECONDS)
     draw_panels(plt, folder / "song.png", far, 0, len(frames) * FRAME_SECONDS)
@@ -1703,9 +1695,8 @@ def print_map(args):
         raise InputError(f"{args.data}: a map needs at least three tracks, here are {len(songs)}")
     for prefix, network in networks.items():
         found = embeddings(network, songs, args.device)
-        if len(found) > 1:
-            del found["sequence mean"]
-        panels = {prefix + name: x for name, x in found.items()}
+        names = model.tokens[:model.class_token_count] or ["sequence"]
+        panels = {prefix + name: found[name] for name in names}
         rows += [(panels, values, by) for by, values in labels.items()]
     if plt:
         draw_map(plt, args.out, rows)
@@ -1713,7 +1704,7 @@ def print_map(args):
 
 def print_emergence(args):
     """Linear probes of chords and beats on the sequence tokens of every layer, and class attention against onsets."""
-    path, model = open_frames_model(args)
+    path, model = open_model(args, frames=True)
     layers, table, count = list(range(model.config["depth"] + 1)), {}, sum(EMERGENCE_SONGS.values())
     songs = []
     for kind in ("chords", "beats"):
