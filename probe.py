@@ -39,6 +39,7 @@ Rows:
     raw                mean and standard deviation over time; compare with sequence mean+std
     ... zero-shot      key outputs without any probe           key template    losses.template_keys, without training
     chosen on validation; untrained, chosen    in each seed the row with the best validation metric
+    chance             all outputs are the mean target of the training items (the most frequent class; no beat)
 
 `--layers` adds the rows of inner layers, through the network's final norm as in DINO. Only improvements over both
 baselines, raw and untrained, count: pooled spectrograms are strong features for a linear layer.
@@ -939,7 +940,7 @@ class Probe(nn.Module):
             self.mean, self.scale = features.mean(dim=0), features.std(dim=0, unbiased=False) + 1e-6
         self.offset, self.gain = 0.0, 1.0
         if isinstance(target, Regression):
-            self.offset, self.gain = target.y[train].mean(dim=0), target.y[train].std(dim=0) + 1e-6
+            self.offset, self.gain = target.y[train].mean(dim=0), target.y[train].std(dim=0, unbiased=False) + 1e-6
         layers = [nn.Dropout(dropout), nn.Linear(dim, hidden), nn.ReLU()] if hidden else []
         self.net = nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(hidden or dim, len(target.names)))
 
@@ -1048,11 +1049,9 @@ def splits_of(tracks):
 
 
 def labelled_part(target, train, share, seed):
-    """A share of the training tracks, drawn by the seed. Classes keep their shares, at least one track each."""
-    rng = np.random.default_rng(seed)
-    if target.truth.dtype.kind != "i":
-        return np.sort(rng.choice(train, min(len(train), max(2, round(share * len(train)))), replace=False))
-    classes, picked = target.truth[train], []
+    """A share of the training tracks, drawn by the seed; of each class, where there are classes, at least one track."""
+    rng, truth, picked = np.random.default_rng(seed), target.truth[train], []
+    classes = truth if truth.dtype.kind == "i" else np.zeros(len(train))
     for c in np.unique(classes):
         mine = train[classes == c]
         picked.append(rng.choice(mine, max(1, round(share * len(mine))), replace=False))
@@ -1362,7 +1361,7 @@ def draw_map(plt, path, rows):
                 ax.scatter(*places.numpy()[mine].T, s=22, color=plt.cm.hsv(i / len(names)), label=label)
             ax.set(title=f"{name}, by {by}", xlabel=f"PC 1 ({100 * shares[0]:.0f} % of the variance)",
                    ylabel=f"PC 2 ({100 * shares[1]:.0f} %)")
-        ax.legend(title=by, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+        ax.legend(title=by, loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(plt, figure, path)
 
 
@@ -1425,12 +1424,11 @@ def tracks_of(args):
 
 def open_tracks(name, tracks):
     """Prepare the audio of `tracks`, broken files left out: ([(frames, 224) uint8], the tracks that are there)."""
-    files = {t.name: t.path for t in tracks if t.path}
-    folders = sorted({str(path.resolve().parent) for path in files.values()})
-    store = prepare_files(sorted(files.items()), Path("data") / f"{name}-{hashed(str(folders), 16 ** 8):08x}")
-    number = {name: i for i, name in enumerate(store.paths)}
-    kept = [t for t in tracks if t.name in number]
-    return [store.track(number[t.name]) for t in kept], kept
+    tracks = {t.name: t for t in tracks}
+    files = [(name, t.path) for name, t in sorted(tracks.items()) if t.path]
+    folders = sorted({str(path.resolve().parent) for _, path in files})
+    store = prepare_files(files, Path("data") / f"{name}-{hashed(str(folders), 16 ** 8):08x}")
+    return songs_of(store), [tracks[name] for name in store.paths]
 
 
 def open_features(path, tracks, per_frame):
@@ -1475,21 +1473,18 @@ def counts_line(official, tracks, kept):
     line = f"{len(kept)} of {official or len(tracks)} files"
     if lost:
         line += f"; {len(lost)} missing or unreadable: {', '.join(lost[:8])}" + (", ..." if lost[8:] else "")
-    if official:
-        complete = not lost and len(tracks) == official
-        line += "; complete: the benchmark's set" if complete else "; INCOMPLETE: not comparable with the benchmark"
-    return line
+    if official and (lost or len(tracks) != official):
+        return line + "; INCOMPLETE: not comparable with the benchmark"
+    return line + "; complete: the benchmark's set" if official else line
 
 
 # ---------------------------------------------------------------- commands
 
 
-
 def run_task(args):
     """One task from files to table."""
     tracks, targets = tracks_of(args)
-    label, kind = next(iter(targets.items()))
-    shot = {}
+    (label, kind), shot = next(iter(targets.items())), {}
     if args.features:
         source = args.features
         items, kept = open_features(source, tracks, TARGETS[kind].per_frame)
@@ -1628,8 +1623,7 @@ def write_embeddings(args):
     file = io.BytesIO()
     np.savez(file, paths=np.array(store.paths), **arrays)
     write_atomic(args.out, file.getbuffer())
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in arrays.items())
-    print(f"{args.out}: {shapes} of {len(store.paths)} tracks; {len(store.skipped)} files skipped, "
+    print(f"{args.out}: paths, {', '.join(arrays)} of {len(store.paths)} tracks; {len(store.skipped)} files skipped, "
           f"{store.folder}/index.jsonl has the reasons")
 
 
@@ -1666,7 +1660,7 @@ def print_show(args):
     rows |= extract(model, [frames], args.device, sorted({1, depth}), per_frame=True).rows
     size = max(16, len(frames) // 1000)                                              # of a cell: half a second or more
     for name, x in rows.items():
-        far.append((f"self-similarity of {name}: cosine, mean of the song removed", self_similarity(x, size).numpy(), ()))
+        far.append((f"self-similarity of {name}, mean of the song removed", self_similarity(x, size).numpy(), ()))
     folder = Path(args.out or f"{Path(args.song).stem}-figures")
     draw_panels(plt, folder / "closeup.png", near, begin * FRAME_SECONDS, end * FRAME_SECONDS)
     draw_panels(plt, folder / "song.png", far, 0, len(frames) * FRAME_SECONDS)

@@ -198,7 +198,7 @@ def test_show_in_figures(song_folder, tmp_path, monkeypatch, pyplot):
     (closeup, near), (whole, far) = found
     assert (closeup, whole) == ("x/y/closeup.png", "x/y/song.png")
     assert [title.split(",")[0] for title in near] == ["CQT", "mel spectrogram", "attention of the ntxent token"]
-    assert [title.split(":")[0] for title in far] == ["self-similarity of raw", "self-similarity of sequence"]
+    assert [title.split(",")[0] for title in far] == ["self-similarity of raw", "self-similarity of sequence"]
 
 
 @pytest.mark.parametrize("keys, outputs", [([0, 7, 2], 12), ([12 + 9, 7, 12 + 11], 24)])
