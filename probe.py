@@ -1566,8 +1566,8 @@ def print_key(args):
         raise InputError(f"{path}: has no key token; train one with --tokens cpsd,ntxent or skey,ntxent")
     if args.keys:
         return score_keys(args, path, model)
-    front_end, turn, piece = FrontEnd(), calibrate(model, args.device), 4 * SEGMENT
-    files, readable = [], 0
+    front_end, piece, files, readable = FrontEnd(), 4 * SEGMENT, [], 0
+    turn = cache(partial(calibrate, model, args.device))                   # once, for the first file that can be read
     for song in args.songs:
         files += [song] if Path(song).is_file() else [path for _, path in find_audio([song])]
     for file in files:
@@ -1578,7 +1578,7 @@ def print_key(args):
             continue
         readable += 1
         parts = [frames[i:i + piece] for i in range(0, max(1, len(frames) - SEGMENT), piece)]
-        keys = key_probabilities(model, [frames, *parts], args.device, turn)
+        keys = key_probabilities(model, [frames, *parts], args.device, turn())
         print(f"{file}: {name_of(keys[0])}")
         for i, key in enumerate(keys[1:] if len(parts) > 2 else []):
             seconds = int(i * piece * FRAME_SECONDS)
