@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)  # these tests are small: on a busy machine threads cost more than they gain
 import data  # noqa: E402
+import train  # noqa: E402
 from probe import Items  # noqa: E402
 
 SONGS = ["one.wav", "two.flac", "three.ogg", "Café Ñandú.wav",
@@ -48,3 +49,17 @@ def song_folder(tmp_path_factory, wave_of):
             wave = np.stack([wave, 0.5 * wave], axis=1).clip(-1, 1)
         sf.write(folder / name, wave, rate)
     return folder
+
+
+@pytest.fixture(scope="session")
+def frames_of_songs(song_folder, tmp_path_factory):
+    """The frame store of the song folder. Read only."""
+    return data.prepare_folders([song_folder], tmp_path_factory.mktemp("frames") / "store").folder
+
+
+@pytest.fixture
+def store(frames_of_songs, tmp_path, monkeypatch):
+    """What a short training run needs: a fresh working directory, a tiny network, and frames, which are read only."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train.PRESETS, "small", dict(train.PRESETS["small"], dim=24, depth=1))
+    return frames_of_songs

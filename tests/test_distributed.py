@@ -15,7 +15,7 @@ import losses
 import model
 import train
 from conftest import drawn_batch
-from test_train import run, store  # noqa: F401  (store is a fixture)
+from test_train import run
 
 # Processes are copies of one that has imported torch, which takes longer than all they do.
 FORKS = get_context("forkserver")
@@ -69,18 +69,17 @@ def half(rank, folder, store):
 
 
 @pytest.fixture(scope="module")
-def halves(song_folder, tmp_path_factory):
-    """What two processes made of all cases, and the store of frames they used."""
+def halves(frames_of_songs, tmp_path_factory):
+    """What two processes made of all cases."""
     folder = tmp_path_factory.mktemp("halves")
-    store = data.prepare_folders([song_folder], folder / "store").folder
-    assert two(half, folder, store) == [0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)], store
+    assert two(half, folder, frames_of_songs) == [0, 0]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_halves_are_a_whole(case, halves):
-    (first, second), store = halves
-    whole = one_step(case, store)
+def test_two_halves_are_a_whole(case, halves, frames_of_songs):
+    first, second = halves
+    whole = one_step(case, frames_of_songs)
     assert whole.keys() == first[case].keys() and any(name.startswith("gradient blocks.0") for name in whole)
     for name, value in whole.items():
         assert torch.equal(first[case][name], second[case][name]), name    # or the ranks would drift apart
@@ -88,17 +87,12 @@ def test_two_halves_are_a_whole(case, halves):
     assert max(value.abs().max() for name, value in whole.items() if name.startswith("gradient blocks.0")) > 1e-3
 
 
-def test_shares_make_the_batch(halves):
-    segments = data.Segments([data.FrameStore(halves[1])], 8)
+def test_shares_make_the_batch(frames_of_songs):
+    segments = data.Segments([data.FrameStore(frames_of_songs)], 8)
     whole, shares = drawn_batch(segments, 3, 7, 3, 0.6), [drawn_batch(segments, 3, 7, 3, 0.6, slice(i, i + 2)) for i in (0, 2, 4, 6)]
     for name in ("frames", "positions"):
         assert torch.equal(torch.cat([share[name] for share in shares], dim=1), whole[name])
     assert all(torch.equal(share[name], whole[name]) for share in shares for name in ("crops", "keys", "tracks"))
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setitem(train.PRESETS, "small", dict(train.PRESETS["small"], dim=32, depth=1))
 
 
 def ranks_main(rank, folder, port, at_step_2, preset, flags):
@@ -129,7 +123,7 @@ def two_processes(folder, at_step_2, *flags):
     return [(codes[rank], (folder / f"out{rank}").read_text(), (folder / f"err{rank}").read_text()) for rank in (0, 1)]
 
 
-def test_a_run_of_two_stops_at_one_step_and_resumes_on_one(store, tmp_path, tiny, monkeypatch):  # noqa: F811
+def test_a_run_of_two_stops_at_one_step_and_resumes_on_one(store, tmp_path, monkeypatch):
     common = ("--data", store, "--batch-size", 8, "--steps", 6, "--log-every", 2)
     run(monkeypatch, *common, "--out", tmp_path / "a")
     first, second = two_processes(tmp_path, signal.SIGINT, *common, "--out", tmp_path / "b")
@@ -144,7 +138,7 @@ def test_a_run_of_two_stops_at_one_step_and_resumes_on_one(store, tmp_path, tiny
             assert two[name] == pytest.approx(one[name], rel=0.02), (one["step"], name)      # AdamW grows what rounding leaves
 
 
-def test_a_killed_process_ends_the_run_in_one_line(store, tmp_path, tiny):  # noqa: F811
+def test_a_killed_process_ends_the_run_in_one_line(store, tmp_path):
     first, second = two_processes(tmp_path, signal.SIGKILL, "--data", store, "--batch-size", 8, "--steps", 9,
                                   "--save-every", 1, "--out", tmp_path / "run")
     assert second[0] == -9 and first[0] == 2

@@ -98,14 +98,12 @@ def test_batch_norm_takes_the_offset_and_scale_of_each_key_away(untouched):
     torch.testing.assert_close(task.eval().log_keys(token[0]), plain[0], rtol=1e-2, atol=2e-2)
 
 
-def test_a_run_watched_in_stages_is_the_run_left_alone(song_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    data.prepare_folders([song_folder], "songs")
+def test_a_run_watched_in_stages_is_the_run_left_alone(store, tmp_path, monkeypatch):
     row, names = dict.fromkeys(probe.SYNTH_COLUMNS, dict(mean=0.5)), ["skey", "skey zero-shot", "ntxent", "sequence"]
     monkeypatch.setattr(probe, "synth_table", lambda *_: dict.fromkeys(names, row))
     monkeypatch.setattr(probe, "pyplot", lambda: None)
-    flags = "--tokens skey,ntxent --preset small --device cpu --data songs --batch-size 4 --steps 4 --log-every 1 --out"
-    monkeypatch.setattr(sys, "argv", f"curves.py --held songs --at 2,4 {flags} watched".split())
+    flags = f"--tokens skey,ntxent --preset small --device cpu --data {store} --batch-size 4 --steps 4 --log-every 1 --out"
+    monkeypatch.setattr(sys, "argv", f"curves.py --held {store} --at 2,4 {flags} watched".split())
     curves.main()
     train.main(f"{flags} alone --no-probe".split())
     watched, alone = (model.read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("watched", "alone"))
@@ -128,12 +126,11 @@ def test_likeness_is_the_mean_best_cosine_both_ways():
     assert found[3].argsort()[-2] == 1
 
 
-def test_duplicates_prints_the_pairs_of_all_folders(song_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    paths = data.prepare_folders([song_folder], "songs").paths
-    shutil.copytree("songs", "again")
+def test_duplicates_prints_the_pairs_of_all_folders(store, monkeypatch, capsys):
+    paths = data.FrameStore(store).paths
+    shutil.copytree(store, "again")
     saved_network()
-    monkeypatch.setattr(sys, "argv", "duplicates.py songs again --checkpoint checkpoint.pt --top 8".split())
+    monkeypatch.setattr(sys, "argv", f"duplicates.py {store} again --checkpoint checkpoint.pt --top 8".split())
     duplicates.main()
     pairs = [line.split("  ") for line in capsys.readouterr().out.splitlines()[-8:]]
     assert sorted(first for alike, first, second in pairs if first == second and float(alike) > 0.999) == sorted(paths)

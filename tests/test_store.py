@@ -17,17 +17,10 @@ LOUDNESS = {0: [0.13274, 0.13414, 0.12191, 0.09319, 0.13976, 0.15189],
             2: [0.15166, 0.17116, 0.16728, 0.124, 0.11189, 0.13704]}  # by number of the song
 
 
-@pytest.fixture(scope="module")
-def finished(song_folder, tmp_path_factory):
-    """A complete store of the song folder. Read only; `copy_of` gives one to damage."""
-    out = tmp_path_factory.mktemp("stores") / "songs"
-    prepare_folders([song_folder], out)
-    return out
-
-
 @pytest.fixture
-def copy_of(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "copy")
+def copy_of(frames_of_songs, tmp_path):
+    """A complete store of the song folder, to damage."""
+    return shutil.copytree(frames_of_songs, tmp_path / "copy")
 
 
 def bytes_of(store):
@@ -62,8 +55,8 @@ class Counter:
 # ---------------------------------------------------------------- store
 
 
-def test_store_holds_every_song_under_its_name_in_sorted_order(song_folder, finished):
-    store = FrameStore(finished)
+def test_store_holds_every_song_under_its_name_in_sorted_order(song_folder, frames_of_songs):
+    store = FrameStore(frames_of_songs)
     names = [str(path.relative_to(song_folder.parent)) for path in song_folder.rglob("*") if path.is_file()]
     assert store.paths == sorted(names) and len(names) == 8 and store.skipped == []
     assert "music/Café Ñandú.wav" in store.paths
@@ -71,17 +64,17 @@ def test_store_holds_every_song_under_its_name_in_sorted_order(song_folder, fini
     assert store.frames.shape == (store.lengths.sum(), 224) and store.frames.dtype == np.uint8
 
 
-def test_each_track_holds_the_frames_of_its_own_file(song_folder, finished):
-    store, front_end = FrameStore(finished), data.FrontEnd()
+def test_each_track_holds_the_frames_of_its_own_file(song_folder, frames_of_songs):
+    store, front_end = FrameStore(frames_of_songs), data.FrontEnd()
     for i, name in enumerate(store.paths):
         expected = (front_end(data.read_audio(song_folder.parent / name)[None])[0] * 255).round()
         assert (torch.from_numpy(store.track(i).copy()).float() - expected).abs().max() <= 1
 
 
-def test_a_second_preparation_gives_the_same_bytes_and_leaves_the_threads(song_folder, finished, tmp_path):
+def test_a_second_preparation_gives_the_same_bytes_and_leaves_the_threads(song_folder, frames_of_songs, tmp_path):
     threads = torch.get_num_threads()
     prepare_folders([song_folder], tmp_path / "again")
-    assert bytes_of(tmp_path / "again") == bytes_of(finished)
+    assert bytes_of(tmp_path / "again") == bytes_of(frames_of_songs)
     assert torch.get_num_threads() == threads
 
 
@@ -106,7 +99,7 @@ def test_preparing_resumes_after_a_kill(song_folder, copy_of, monkeypatch, whole
     assert counter.calls == 8 - whole_lines
 
 
-def test_an_error_in_the_middle_keeps_what_was_finished(song_folder, finished, tmp_path, monkeypatch):
+def test_an_error_in_the_middle_keeps_what_was_finished(song_folder, frames_of_songs, tmp_path, monkeypatch):
     """A full disk, say: the exception comes through, the store is not complete, the next run completes it."""
     real, calls = data.audio_to_frames, []
 
@@ -122,7 +115,7 @@ def test_an_error_in_the_middle_keeps_what_was_finished(song_folder, finished, t
     with pytest.raises(InputError):
         FrameStore(tmp_path)
     prepare_folders([song_folder], tmp_path)
-    assert bytes_of(tmp_path) == bytes_of(finished)
+    assert bytes_of(tmp_path) == bytes_of(frames_of_songs)
 
 
 @pytest.mark.parametrize("size, redone", [(3 * 313 * 224 + 9, 5), (3 * 313 * 224, 5), (0, 8), (None, 8)])
