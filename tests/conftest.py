@@ -19,10 +19,10 @@ SONGS = ["one.wav", "two.flac", "three.ogg", "Café Ñandú.wav",
 STEREO_44K = {"two.flac", "more/six.WAV", "more/seven.ogg"}
 
 
-@pytest.fixture(scope="session")
-def wave_of():
-    """A function of a song's number: its sound, rendered once for all tests. Read only."""
-    return functools.cache(lambda index: data.render(data.compose(index)))
+@functools.cache
+def wave_of(index):
+    """The sound of a synthetic song, (24 s * 16000,) float32, rendered once for all tests. Read only."""
+    return data.render(data.compose(index))
 
 
 def frame_items(lengths, rows):
@@ -38,7 +38,7 @@ def drawn_batch(segments, *args, **options):
 
 
 @pytest.fixture(scope="session")
-def song_folder(tmp_path_factory, wave_of):
+def song_folder(tmp_path_factory):
     """Eight synthetic songs of 10 s in two folders: wav, flac and ogg, three of them 44.1 kHz stereo. Read only."""
     folder = tmp_path_factory.mktemp("songs") / "music"
     (folder / "more").mkdir(parents=True)

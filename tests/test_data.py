@@ -1,5 +1,4 @@
 """Front ends and decoding: the CQT and the mel spectrogram against slow references, resampling, files, chunks."""
-import functools
 import math
 
 import numpy as np
@@ -8,6 +7,7 @@ import soundfile as sf
 import torch
 
 import data
+from conftest import wave_of
 from data import CQT, HOP, N_BINS, SAMPLE_RATE, FrontEnd, InputError, Mel, audio_to_frames, log_compress, read_audio, resample
 
 INTERIOR = slice(26, -26)  # frames out of reach of the clip's ends: half the longest filter and all halvings
@@ -21,9 +21,8 @@ def noise(samples, seed=0):
     return 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(seed))
 
 
-@functools.cache
-def music(index=0, seconds=4):
-    return torch.from_numpy(data.render(data.compose(index))[:seconds * SAMPLE_RATE])
+def music(index, seconds=4):
+    return torch.from_numpy(wave_of(index)[:seconds * SAMPLE_RATE])
 
 
 def frequency_of(k):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import data
 import probe
-from conftest import frame_items
+from conftest import frame_items, wave_of
 import test_probe
 from probe import FIFTH_NAMES
 from test_probe import command, network, same, song
@@ -37,9 +37,8 @@ def excerpts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("excerpts") / "songs"
     for i in range(4):
         (folder / f"song{i}").mkdir(parents=True)
-        wave = data.render(data.compose(i))
         for part in range(3):
-            sf.write(folder / f"song{i}" / f"{part}.wav", wave[part * 48000:][:9 * 16000], 16000)
+            sf.write(folder / f"song{i}" / f"{part}.wav", wave_of(i)[part * 48000:][:9 * 16000], 16000)
     (folder / "song0" / "torn.wav").write_bytes(b"RIFF")
     return folder
 

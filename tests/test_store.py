@@ -9,6 +9,7 @@ import soundfile as sf
 import torch
 
 import data
+from conftest import wave_of
 from data import HOP, SAMPLE_RATE, SCALES, SONG_SECONDS, TIMBRES, FrameStore, InputError, compose, prepare_folders, render
 
 FILES = ("frames.bin", "index.jsonl", "store.json")
@@ -275,8 +276,8 @@ def test_a_folder_that_is_no_store_is_refused(song_folder, copy_of):
 
 @pytest.fixture(scope="module")
 def scores():
-    """The first 180 songs, not rendered."""
-    return [compose(i) for i in range(180)]
+    """The first 100 songs, not rendered."""
+    return [compose(i) for i in range(100)]
 
 
 def scale_of(song):
@@ -335,7 +336,7 @@ def test_notes_and_chords_stay_in_the_scale_of_their_half(scores):
     assert chords == set(range(25))
 
 
-def test_render_is_pure_finite_in_range_and_of_the_right_length(wave_of):
+def test_render_is_pure_finite_in_range_and_of_the_right_length():
     waves = [wave_of(i) for i in range(6)]
     for wave in waves:
         assert wave.shape == (SONG_SECONDS * SAMPLE_RATE,) and wave.dtype == np.float32
@@ -344,7 +345,7 @@ def test_render_is_pure_finite_in_range_and_of_the_right_length(wave_of):
     assert not np.array_equal(waves[0], waves[1])
 
 
-def test_songs_of_this_version_sound_as_they_did(wave_of):
+def test_songs_of_this_version_sound_as_they_did():
     """Loudness of every fourth second of three songs. If you change the songs: count SONGS_VERSION up, and set these anew."""
     assert data.SONGS_VERSION == 1
     for number, expected in LOUDNESS.items():
@@ -352,7 +353,7 @@ def test_songs_of_this_version_sound_as_they_did(wave_of):
         assert found == pytest.approx(expected, rel=1e-3), number
 
 
-def test_the_signature_is_in_the_spectrum(scores, wave_of):
+def test_the_signature_is_in_the_spectrum(scores):
     """In the CQT, whose row 0 is an A, the notes of the scale are the loud ones, and for most songs name the signature."""
     cqt, louder, named = data.CQT(), 0, 0
     for i, song in enumerate(scores[:12]):
@@ -365,7 +366,7 @@ def test_the_signature_is_in_the_spectrum(scores, wave_of):
     assert louder >= 10 and named >= 6                        # of 12; by chance one would be named
 
 
-def test_prepare_synth_is_a_store_of_these_songs(tmp_path, wave_of):
+def test_prepare_synth_is_a_store_of_these_songs(tmp_path):
     store = data.prepare_synth(songs=2, out=tmp_path / "synth")
     assert store.paths == ["synth/00000", "synth/00001"]
     expected = (data.FrontEnd()(torch.from_numpy(wave_of(1))[None])[0] * 255).round()
