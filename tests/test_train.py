@@ -317,7 +317,7 @@ def test_a_gpu_gets_the_papers_model_for_the_length_of_a_demo(tmp_path):
     demo, paper, small = resolved(tmp_path, "cuda"), resolved(tmp_path, "cuda", "--preset", "mt2"), resolved(tmp_path, "cpu")
     assert (demo.dim, demo.depth, demo.heads) == (paper.dim, paper.depth, paper.heads) == (192, 12, 3)
     assert demo.steps < 10_000 and paper.steps == 511_488 and demo.compile and not small.compile
-    assert (small.preset, small.dim, small.depth, small.steps) == ("small", 128, 4, 1000)
+    assert (small.preset, small.dim, small.depth, small.steps) == ("small", 128, 4, 500)
 
 
 def test_checkpoints_are_apart_in_time_unless_asked_for(store, tmp_path, monkeypatch):
