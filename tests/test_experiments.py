@@ -11,6 +11,7 @@ import ablations
 import curves
 import data
 import duplicates
+import emergence
 import losses
 import model
 import probe
@@ -150,3 +151,52 @@ def test_published_weights_are_the_network_rounded_to_half(tmp_path, monkeypatch
     monkeypatch.setattr(publish, "LARGEST", 1e-3)
     with pytest.raises(data.InputError, match="pass it on elsewhere"):
         publish.main()
+
+
+def test_a_chord_change_marks_its_frames_and_correlates_with_itself_alone():
+    """The second boundary changes no chord. Given the onsets, nothing is left of what follows them."""
+    changes = emergence.change_windows([(0, 2, 3), (2, 3, 15), (3, 8, 15)], 252)
+    assert changes.shape == (2, 126) and changes.flatten().nonzero().flatten().tolist() == [61, 62, 63, 64]
+    generator = torch.Generator().manual_seed(0)
+    changes = (torch.rand(8, 126, generator=generator) < 0.1).float()
+    changes[7] = 0                                                         # a window without a change
+    noise = torch.randn(2, 8, 126, generator=generator)
+    onsets, owner = changes + 0.3 * noise[0], np.arange(8) // 2
+    itself = emergence.attention_row(changes, onsets, changes, owner)
+    assert itself["changes"]["mean"] == pytest.approx(1) and itself["changes | onsets"]["mean"] == pytest.approx(1)
+    follower = emergence.attention_row(onsets + 0.3 * noise[1], onsets, changes, owner)
+    assert follower["changes"]["mean"] > 0.4 > 0.1 > abs(follower["changes | onsets"]["mean"])
+    assert len(follower["onsets"]["scores"]) == 4
+
+
+def test_chordal_distance_is_0_for_a_folded_cqt_and_root_2_for_noise(monkeypatch):
+    monkeypatch.setattr(emergence, "STEPS", 100)
+    generator = torch.Generator().manual_seed(0)
+    cqt = torch.rand(200, 96, generator=generator) * torch.eye(12)[torch.arange(200) % 12].repeat(1, 8)
+    folded = torch.stack([cqt[:, crop:crop + 84].unflatten(1, (7, 12)).mean(dim=1) for crop in range(13)], dim=1)
+    parts = torch.arange(200).split((100, 50, 50))
+    assert emergence.held_out_distance(folded, *parts).max() < 0.1
+    noise = torch.randn(200, 13, 12, generator=generator)
+    assert emergence.held_out_distance(noise, *parts).numpy() == pytest.approx(2 ** 0.5, abs=0.06)
+    assert emergence.chordal_distance(torch.eye(12)[[0]].expand(5, 13, 1, 12)).item() == pytest.approx((28 / 13) ** 0.5)
+
+
+def test_emergence_has_rows_for_each_token_and_layer(song_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(emergence, "STEPS", 2)
+    shutil.copytree(song_folder, "music")
+    for song in [path for path in data.walk("music") if path.suffix.lower() in data.AUDIO_SUFFIXES]:
+        song.with_suffix(".lab").write_text("0 3 C:maj\n3 6 A:min\n6 10 F:maj\n")
+    saved_network()
+    tables = []
+    monkeypatch.setattr(probe, "print_table", lambda title, table: tables.append(table))
+    monkeypatch.setattr(sys, "argv", "emergence.py --data music --checkpoint checkpoint.pt".split())
+    emergence.main()
+    attention, distance = tables
+    names = [f"{prefix}{name}" for prefix in ("", "untrained ") for name in ("cpsd", "ntxent", "sequence")]
+    assert list(attention) == ["onset envelope", *(f"{name} L1" for name in names)]
+    assert all(list(row) == ["onsets", "changes", "changes | onsets"] for row in attention.values())
+    assert attention["onset envelope"]["onsets"]["mean"] == pytest.approx(1)
+    assert len(distance) == 1 + 6 * 2 and {"raw CQT mean", "cpsd L0", "untrained sequence mean L1"} <= distance.keys()
+    assert all(0 < row["d"]["mean"] < 2 and len(row["d"]["scores"]) == emergence.HEADS for row in distance.values())
+    assert emergence.read_music(song_folder)[1] is None
