@@ -2,20 +2,19 @@
 
     python tests/emergence.py [--data FOLDER] [--checkpoint out/mt2/checkpoint.pt]
 
-Music: the recordings below --data, else 160 test songs of the embedded set; of each the first 30 s in windows of 4 s.
+Music: the recordings below --data, else 160 test songs of the embedded set; the first 30 s of each in windows of 4 s.
 
 A. Attention on each frame, mean over heads: of each class token, and as "sequence" what a frame receives from all
-frames (mean over queries). 100 r (Pearson) inside a window, mean over a song's windows; then mean and deviation over
-songs. Chance is 0; there the mean over n songs is off by about the deviation / sqrt(n).
+frames (mean over queries). 100 r (Pearson) in a window, mean over a song's windows; then mean and deviation over songs.
     onsets             with the onset envelope (probe.onset_windows)
     changes            with 1 within 1.5 frames of a chord change, else 0, not smoothed; only windows that have one
     changes | onsets   the partial correlation given the onset envelope, as notes begin where chords change
-Row "onset envelope": the envelope in the place of attention. Chords: of the embedded songs, or .lab files beside the
-songs; without any, onsets alone.
+Chance is 0, off by about the deviation / sqrt(songs); random weights follow the music too, hence the untrained rows.
+Row "onset envelope": the envelope in place of attention. Chords: the embedded songs', or .lab files beside the songs.
 
 B. Equivariance, without labels: a linear layer and softmax, dim -> 12, fitted by CPSD at omega 7 to pairs of crops of
-the first three windows. Of its outputs on held-out tracks, z on the circle of fifths and u = z / |z|, over all pairs of crops,
-    d = root mean square of | exp(2 pi i 7 (s_a - s_b) / 12) - u_a conj(u_b) |     (s: semitones up)
+the first three windows. From its outputs on held-out tracks, z on the circle of fifths and u = z / |z|:
+    d = root mean square over pairs of crops of | exp(2 pi i 7 (s_a - s_b) / 12) - u_a conj(u_b) |    (s: semitones up)
 0: the output turns with the music; 1.41: unrelated points; 1.47: a constant. 100 d, over three initialisations.
 Departures from the published measurement: there waveforms are transposed, here the CQT is cropped and the mel is zero,
 as the crop could be read off beside an uncropped mel (data.training_views); so `ntxent` is constant in layer 0. Tracks
