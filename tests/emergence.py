@@ -41,27 +41,19 @@ WINDOWS, HEADS, STEPS, EVERY, BATCH, RATE = 3, 3, 200, 25, 128, 2e-2  # of a son
 
 
 def read_music(folder):
-    """[(frames, 224) uint8] in whole windows, and of each its chords [(start, end, class)], or None."""
+    """[(frames, 224) uint8] in whole windows, and of each its chords [(start, end, class)], or nothing."""
     tracks = [t for t in probe.TASKS["chords"].read(probe.Files([folder])) if t.path] if folder else []
     if tracks:
-        store, numbers, tracks = probe.open_tracks("chords", [t._replace(split=None) for t in tracks])
-        chords = [probe.read_chord_intervals(t.labels["chords"]) for t in tracks]
+        songs, tracks = probe.open_tracks("chords", tracks)
     elif folder:
-        store, chords = data.prepare_folders([folder]), None
-        numbers = range(len(store.paths))
+        songs = probe.songs_of(data.prepare_folders([folder]))
     else:
-        store, numbers, tracks = probe.synth_tracks(test=SONGS)
-        chords = [t.labels["chords"] for t in tracks]
-    songs = [store.track(i)[:data.PIECE] for i in numbers]
+        songs, tracks = probe.synth_tracks(test=SONGS)
+    songs, chords = [song[:data.PIECE] for song in songs], [t.labels["chords"] for t in tracks]
     kept = [i for i, song in enumerate(songs) if len(song) >= data.SEGMENT]
     if len(kept) < 5:
         raise data.InputError(f"{folder}: {len(kept)} songs have 4 s or more, 5 are needed; add music")
     return [songs[i][:len(songs[i]) // data.SEGMENT * data.SEGMENT] for i in kept], chords and [chords[i] for i in kept]
-
-
-def owners(songs):
-    """Number of the song of each window: (windows,)."""
-    return np.repeat(np.arange(len(songs)), [len(song) // data.SEGMENT for song in songs])
 
 
 def change_windows(chords, frames):
@@ -75,7 +67,7 @@ def change_windows(chords, frames):
 def attention_on_frames(model, songs, device):
     """Of each class token, then of all frames, mean over heads: (windows, layers, tokens + 1, 126)."""
     first, found = model.class_token_count, []
-    for _, windows in probe.window_batches(songs):
+    for _, windows in probe.batches_of(probe.windows_of(songs)[2]):
         inside, rows = model(*probe.views_of(windows, device), layers=range(len(model.blocks)))[1], []
         for layer, block in enumerate(model.blocks):
             weights = block.attention(inside[layer])[..., first:].mean(dim=1)                  # (n, tokens + 126, 126)
@@ -101,7 +93,7 @@ def attention_row(weights, onsets, changes, owner):
 @torch.inference_mode()
 def crop_features(model, songs, device):
     """{row: (windows, 13, dim)}: class tokens and sequence mean of every layer; of model None the mean of the CQT."""
-    rows, batches = {}, [windows for _, windows in probe.window_batches(songs)]
+    rows, batches = {}, [windows for _, windows in probe.batches_of(probe.windows_of(songs)[2])]
     for crop, windows in product(range(CROPS), batches):
         cqt, mel = probe.views_of(windows, device, crop)
         found = {"raw CQT mean": cqt.mean(dim=1)}
@@ -150,12 +142,14 @@ def main():
     parser.add_argument("--checkpoint")
     parser.set_defaults(task="emergence", device="cpu")
     args = parser.parse_args()
-    path, model = probe.open_frames_model(args)
+    path, model = probe.open_model(args, frames=True)
     songs, chords = read_music(args.data)
     networks = {"": model, "untrained ": probe.untrained(model, args.device)}
 
-    owner, onsets = owners(songs), probe.onset_windows(songs)              # (windows,), (windows, 126)
-    changes = chords and torch.cat([change_windows(c, len(song)) for c, song in zip(chords, songs)])
+    owner, onsets = probe.windows_of(songs)[0], probe.onset_windows(songs)              # (windows,), (windows, 126)
+    changes = None
+    if chords:
+        changes = torch.cat([change_windows(c, len(song)) for c, song in zip(chords, songs)])      # (windows, 126)
     table = {"onset envelope": attention_row(onsets, onsets, changes, owner)} if chords else {}
     for prefix, network in networks.items():
         weights = attention_on_frames(network, songs, args.device).unbind(dim=1)
@@ -164,7 +158,7 @@ def main():
     probe.print_table(f"A. attention: {path} on {len(songs)} songs; 100 r, over songs", table)
 
     songs = [song[:WINDOWS * data.SEGMENT] for song in songs]
-    part = np.digitize(owners(songs), np.array([0.6, 0.8]) * len(songs))   # (windows,)
+    part = np.digitize(probe.windows_of(songs)[0], np.array([0.6, 0.8]) * len(songs))   # (windows,)
     parts = [torch.from_numpy(np.flatnonzero(part == i)) for i in range(3)]
     rows = crop_features(None, songs, args.device)
     for prefix, network in networks.items():
