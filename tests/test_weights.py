@@ -9,11 +9,11 @@ import data
 import probe
 from model import load_checkpoint, read_checkpoint
 
-SONGS = [1152, 1156, 1158]  # test songs: never trained on
-KEYS = "bb e C".split()  # outputs of the weights
+SONGS = [1152, 1153, 1154]  # test songs: never trained on
+KEYS = "bb a b".split()  # outputs of the weights
 # First values of the class tokens of the first window of the first song.
-TOKENS = {"skey": [1.26, -0.137, 1.558, 0.671, -0.375, -0.469, -0.879, 2.283],
-          "ntxent": [2.066, -0.553, -0.485, 1.076, 0.516, -0.061, 0.02, 0.885]}
+TOKENS = {"skey": [1.487, -0.048, 1.056, 0.499, -0.292, 0.276, -0.663, 2.045],
+          "ntxent": [2.301, -0.334, -0.938, 0.745, 0.349, 0.373, 0.637, 1.705]}
 
 
 @pytest.fixture(scope="module")
@@ -48,4 +48,4 @@ def test_a_fresh_clone_works_at_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", "probe.py key song.wav --device cpu".split())
     probe.main()
     out = capsys.readouterr().out
-    assert "using the shipped weights" in out and "song.wav: C major" in out
+    assert "using the shipped weights" in out and "song.wav: B minor" in out
