@@ -37,7 +37,7 @@ import probe  # noqa: E402
 from losses import circle_point, cpsd  # noqa: E402
 
 SONGS, CROPS = 160, data.MAX_CROP + 1
-WINDOWS, HEADS, STEPS, EVERY, BATCH, RATE = 3, 3, 200, 25, 128, 2e-2  # of a song, and of the fit, in B (our choice)
+WINDOWS, HEADS, STEPS, EVERY, BATCH, RATE = 3, 3, 1500, 50, 128, 5e-3  # of a song, and of the fit, in B (our choice)
 
 
 def read_music(folder):
