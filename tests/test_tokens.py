@@ -272,7 +272,7 @@ def test_what_mae_predicts_is_what_the_trunk_would_have_been_given(patch, store)
         assert torch.equal(mel, whole.gather(2, kept[..., None].expand_as(mel)))
 
 
-def test_mae_learns_more_than_the_mean(store, tmp_path, tiny, monkeypatch):  # noqa: F811
+def test_mae_learns_more_than_the_mean(store, tmp_path, monkeypatch):
     """A prediction of 0 has a loss of 1."""
     run(monkeypatch, "--tokens", "mae", "--data", store, "--batch-size", 4, "--steps", 20, "--lr", 0.01, "--log-every", 1, "--out", tmp_path / "run")
     found = [json.loads(line)["mae"] for line in open(tmp_path / "run" / "log.jsonl")]

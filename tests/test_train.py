@@ -73,7 +73,7 @@ def test_resume_is_bit_for_bit(tokens, inputs, store, tmp_path, monkeypatch, cap
     assert [line["step"] for line in logs[0]] == [1, 2, 3, 4]
     run(monkeypatch, "--out", tmp_path / "b", "--resume", "--stop-at", 2)                    # past it: nothing to do
     assert "step 4 of 4" in capsys.readouterr().out.splitlines()[-1]
-    assert logs[0] == logs[1] and {"grad_norm", "lr", "cpsd", "ntxent"} <= set(logs[0][0])
+    assert logs[0] == logs[1] and {"grad_norm", "lr", *tokens.split(",")} <= set(logs[0][0])
 
 
 def test_seeds_differ_and_repeat(store, tmp_path, monkeypatch):
@@ -228,7 +228,7 @@ def test_bad_input_is_one_line(store, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     fail = lambda *flags: refused(monkeypatch, capsys, *flags)
     assert "chroma" in fail("--tokens", "cpsd,chroma", "--data", store, "--out", out)
-    assert "--batch-size 8" in fail("--data", store, "--batch-size", 500, "--out", out)
+    assert "smaller --batch-size" in fail("--data", store, "--batch-size", 500, "--out", out)
     assert "nowhere" in fail("--data", tmp_path / "nowhere", "--out", out)
     assert "no such checkpoint" in fail("--out", out, "--resume")
     assert "--mask" in fail("--mask", "1", "--data", store, "--out", out)
