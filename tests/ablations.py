@@ -7,6 +7,7 @@
     python tests/ablations.py batch-norm --tokens skey       batch norm before the softmax of the 24 keys (STONE-24, S-KEY)
     python tests/ablations.py three-term                     CPSD with the pair at equal pitch too, STONE's three terms
     python tests/ablations.py omega7                         CPSD on the circle of fifths alone; semitones alone: cpsd1
+    python tests/ablations.py hours=4 --data synth music     4 hours of the music, whole tracks in random order
 
 All flags of train.py are understood. tests/README.md has their results.
 """
@@ -90,12 +91,31 @@ def omega7():
         losses.PRETEXT[name] = partial(losses.PRETEXT[name], omegas=(7,))
 
 
+def hours(limit):
+    """Of every store but the synthetic songs, the first tracks in random order that have `limit` hours together."""
+    plain = data.open_data
+
+    def open_data(sources):
+        stores = plain(sources)
+        for store in stores:
+            if store.paths[0] == "synth/00000":
+                continue
+            order = np.random.default_rng(0).permutation(len(store.paths))
+            total = np.cumsum(store.lengths[order]) * data.FRAME_SECONDS / 3600
+            kept = np.sort(order[:np.searchsorted(total, float(limit)) + 1])
+            store.paths = [store.paths[i] for i in kept]
+            store.starts, store.lengths = store.starts[kept], store.lengths[kept]
+        return stores
+    data.open_data = open_data
+
+
 CHANGES = {"mel-kept": mel_kept, "plain-init": plain_init, "jitter": lambda: change_frames(jitter),
-           "mixing": lambda: change_frames(mixing), "batch-norm": batch_norm, "three-term": three_term, "omega7": omega7}
+           "mixing": lambda: change_frames(mixing), "batch-norm": batch_norm, "three-term": three_term, "omega7": omega7,
+           "hours": hours}
 
 if __name__ == "__main__":
-    choice = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    choice, *value = sys.argv.pop(1).split("=") if len(sys.argv) > 1 else [""]
     if choice not in CHANGES:
         sys.exit(f"{choice!r}: give one of {', '.join(CHANGES)}")
-    CHANGES[choice]()
+    CHANGES[choice](*value)
     data.run_cli(train.main)
