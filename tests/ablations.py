@@ -7,6 +7,8 @@
     python tests/ablations.py batch-norm --tokens skey       batch norm before the softmax of the 24 keys (STONE-24, S-KEY)
     python tests/ablations.py three-term                     CPSD with the pair at equal pitch too, STONE's three terms
     python tests/ablations.py omega7                         CPSD on the circle of fifths alone; semitones alone: cpsd1
+    python tests/ablations.py labels=0.1 --tokens tone --labels-csv keys.csv --data pop909       a tenth of the labels
+    python tests/ablations.py one-hot=0.1 --tokens tone --labels-csv keys.csv --data pop909      in Semi-TONE's form
     python tests/ablations.py hours=4 --data synth music     4 hours of the music, whole tracks in random order
 
 All flags of train.py are understood. tests/README.md has their results.
@@ -91,6 +93,41 @@ def omega7():
         losses.PRETEXT[name] = partial(losses.PRETEXT[name], omegas=(7,))
 
 
+def labels(share):
+    """Keys of a share of the tracks of --labels-csv, drawn at random; each share holds the smaller ones."""
+    plain = data.read_labels
+
+    def read_labels(*args):
+        found = plain(*args)
+        order = np.random.default_rng(0).permutation(sorted(found))
+        return {name: found[name] for name in order[:round(float(share) * len(found))]}
+    data.read_labels = read_labels
+
+
+def one_hot(share):
+    """Semi-TONE: CPSD between each view and the label, a one-hot profile at the pitch as played, and BCE of the mode."""
+    labels(share)
+
+    plain = losses.Tone.forward
+
+    def forward(self, token, batch, teacher=None):
+        (loss, logs), log_keys = plain(self, token, batch), self.log_keys(token)               # (3, batch, 24)
+        label, profile = batch["keys"].clamp(min=0), losses.sum_relatives(log_keys)            # (batch,), (3, batch, 12)
+        signature = torch.where(label < 12, label, label + 3) % 12
+        target = torch.nn.functional.one_hot(signature, 12).float()                            # (batch, 12)
+        mode = log_keys.unflatten(-1, (2, 12)).logsumexp(dim=-1)                               # (3, batch, 2)
+        term = -torch.where(label < 12, mode[..., 0], mode[..., 1])                            # (3, batch)
+        for omega in self.omegas:
+            angle = 2 * np.pi * omega * batch["shifts"].float() / 12                           # (3, batch)
+            (re, im), (x, y) = losses.circle_point(profile, omega), losses.circle_point(target, omega)
+            distance = (angle.cos() - re * x - im * y) ** 2 + (angle.sin() - im * x + re * y) ** 2
+            term = term + distance / len(self.omegas)
+        labelled = (batch["keys"] >= 0).float()                                                # (batch,)
+        one_hot = (term.mean(dim=0) * labelled).sum() / labelled.sum().clamp(min=1)
+        return loss - logs["supervised_term"] + one_hot, logs | dict(supervised_term=one_hot)
+    losses.Tone.forward = forward
+
+
 def hours(limit):
     """Of every store but the synthetic songs, the first tracks in random order that have `limit` hours together."""
     plain = data.open_data
@@ -111,7 +148,7 @@ def hours(limit):
 
 CHANGES = {"mel-kept": mel_kept, "plain-init": plain_init, "jitter": lambda: change_frames(jitter),
            "mixing": lambda: change_frames(mixing), "batch-norm": batch_norm, "three-term": three_term, "omega7": omega7,
-           "hours": hours}
+           "hours": hours, "labels": labels, "one-hot": one_hot}
 
 if __name__ == "__main__":
     choice, *value = sys.argv.pop(1).split("=") if len(sys.argv) > 1 else [""]
