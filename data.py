@@ -5,14 +5,16 @@
 
 A ViT-1D takes one spectrogram frame as one token. This file makes the frames, and the views that training compares.
 
-The little music theory it takes: a note an octave higher has twice the frequency and the same name, its pitch class.
-An octave is divided into 12 equal steps, semitones, each a factor of 2^(1/12) in frequency. A key picks 7 of the 12
-pitch classes, its scale, and one of them as home, the tonic. Major and minor scales differ in which steps are small; A
-minor has the notes of C major (its relative), so both share one key signature: 12 signatures, 24 keys. Keys a fifth (7
-semitones) apart differ in one note. To transpose music is to move all its notes by the same number of semitones; its
-key changes, its timbre (what distinguishes a flute from a violin on the same note) does not. Hence two spectrograms.
-The CQT (constant-Q transform) has one bin a semitone, so transposed music is the same image some rows higher. The mel
-spectrogram has the ear's frequency scale and shows timbre.
+Music theory: a note sounds at its frequency and, more softly, at its multiples, its harmonics. A note an octave higher
+has twice the frequency and the same name, its pitch class. An octave is divided into 12 equal steps, semitones, each a
+factor of 2^(1/12) in frequency. A scale picks 7 of the 12 pitch classes, one of them is home, the tonic; the mode,
+major or minor, says which neighbours in it are one semitone apart and which two. Tonic and mode are the key: 24 keys. A
+minor has the notes of C major (its relative), so both share one key signature: 12 signatures. Signatures a fifth (7
+semitones) apart differ in one note; going up by fifths visits all 12 and returns, the circle of fifths. A chord is
+several notes at once. To transpose music is to move all notes by one number of semitones; its key changes, its timbre
+(what distinguishes a flute from a violin on the same note) does not. Hence two spectrograms. The CQT (constant-Q
+transform) has one bin a semitone, so transposed music is the same image some rows higher. The mel spectrogram has the
+ear's frequency scale and shows timbre.
 
 Every recording is decoded once, transformed into both on one time grid (31.25 frames a second), and kept in a memory
 map, the frame store:
@@ -63,7 +65,7 @@ COLUMNS = N_BINS + N_MELS
 SEGMENT = 126              # frames in a 4 s segment: 1 + 64000 // 512 (MT2, CoJEPA)
 PIECE = 938                # frames in 30 s: both segments of a pair come from one piece of a track (our choice)
 FRAME_SECONDS = HOP / SAMPLE_RATE
-DYNAMIC_RANGE = 80.0       # dB (STONE)
+DYNAMIC_RANGE = 80.0       # dB (our choice: half of what STONE keeps)
 MEL_REFERENCE = 2000.0     # mel power counted as 0 dB: about a full-scale sine in the low bands (our choice)
 
 
@@ -160,7 +162,7 @@ def read_audio(path):
             wave = resample(mono_blocks(file), rate, SAMPLE_RATE)
     except (sf.SoundFileError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).rpartition(": ")[2].rstrip(".")
-        raise InputError(f"{path}: cannot be decoded ({reason}); check that it is a complete audio file") from None
+        raise InputError(f"{path}: cannot be decoded ({reason}); give wav, flac, ogg, opus, mp3 or aiff") from None
     peak = np.abs(wave.numpy()).max(initial=0)
     if not math.isfinite(peak):
         raise InputError(f"{path}: holds NaN or infinite samples; export it again")
@@ -341,9 +343,8 @@ class FrameStore:
         self.info = read_json(self.folder / "store.json")
         if "tracks" not in self.info:
             raise InputError(f"{folder}: is not a complete store; make one with: python data.py FOLDER --out {folder}")
-        other = [name for name, value in front_end_settings().items() if self.info.get(name) != value]
-        if other:
-            raise InputError(f"{folder}: was prepared with another {', '.join(other)}; remove it and prepare it again")
+        if not self.info.items() >= front_end_settings().items():
+            raise InputError(f"{folder}: was prepared with another front end; remove it and prepare it again")
         entries = read_index(self.folder)
         tracks = [e for e in entries if "frames" in e]
         self.skipped = [(e["path"], e["error"]) for e in entries if "error" in e]
@@ -449,8 +450,8 @@ def prepare(sources, out, identity, label):
     """Transform `sources` [(name, function that returns audio)] into the store `out` on all cores.
 
     The order of `sources` is the order in the store, whatever finishes first. A complete store with the same settings
-    and `identity` (what the sources are made from, plain types) is opened as it is; an incomplete one is cut to whole
-    tracks and completed; another one starts anew. Sources that raise InputError are skipped and listed. Raises
+    and `identity` (what they are made from, plain types) is opened as it is; an incomplete one is cut to whole tracks
+    and completed; another one starts anew. Sources that raise InputError are skipped and listed. Raises
     InputError when nothing could be read, or another process is preparing the same store.
     """
     out = Path(out)
@@ -497,10 +498,11 @@ def prepare(sources, out, identity, label):
 def prepare_files(files, out):
     """Frame store `out` of files [(name, path)], each name once. See prepare.
 
-    Names and sizes are its identity: a file that changes its size or goes makes the next run start anew.
+    Names, sizes and dates are its identity: a file that changes, comes or goes makes the next run start anew.
     """
-    sizes = [(name, path.stat().st_size if path.exists() else -1) for name, path in files]
-    return prepare([(name, partial(read_audio, path)) for name, path in files], out, sizes, "preparing")
+    changed = lambda path: (path.stat().st_size, path.stat().st_mtime) if path.exists() else None
+    identity = [(name, changed(path)) for name, path in files]
+    return prepare([(name, partial(read_audio, path)) for name, path in files], out, identity, "preparing")
 
 
 def prepare_folders(folders, out=None):
@@ -517,11 +519,12 @@ def open_data(sources):
     for source in sources:
         if source == "synth":
             store = prepare_synth()
-            store.lengths = store.lengths[:len(SYNTH_SPLITS["train"])]  # no validation and test songs
         elif (Path(source) / "store.json").exists():
             store = FrameStore(source)
         else:
             store = prepare_folders([source])
+        if store.paths[0] == "synth/00000":  # no validation and test songs
+            store.lengths = store.lengths[:len(SYNTH_SPLITS["train"])]
         stores.append(store)
     return stores
 
@@ -622,9 +625,9 @@ class Segments:
         view 1  segment B   crop c     A, B do not overlap where the piece has room for two segments
         view 2  segment A   crop c'    mel zeroed (see training_views)
 
-    NT-Xent compares views 0 and 1, which share a crop: invariance to transposition would cost the trunk its pitch. The
-    whole batch shares it, or NT-Xent would find its partners by the crop, read off mel against CQT. CPSD compares views
-    0 and 1 with view 2, which draws its own crop for each item. Each view keeps its own random frames.
+    NT-Xent compares views 0 and 1, which share a crop, or it would learn to ignore pitch. The whole batch shares it, or
+    NT-Xent would find partners by the crop, read off mel against CQT. CPSD compares views 0 and 1 with view 2, which
+    draws its own crop for each item. Each view keeps its own random frames.
     keys {path in a store: 0..23}: labels for the tasks that use some (`tone`). mix: shares in which the stores are
     drawn from (a store with too few pieces gives all it has); without it every piece is equally likely.
     Raises InputError when the stores hold fewer pieces than the batch, or when mix does not fit.
@@ -632,7 +635,7 @@ class Segments:
 
     def __init__(self, stores, batch_size, keys=None, mix=None):
         self.stores, self.batch_size = stores, batch_size
-        self.frames, self.device = None, torch.device("cpu")                          # on a device after to()
+        self.frames = None                                                            # on a device after to()
         self.offsets = np.cumsum([0] + [len(store.frames) for store in stores])       # of each store's frames in `rows`
         pieces, track, short, keys = [], 0, 0, keys or {}
         for number, store in enumerate(stores):
@@ -658,10 +661,8 @@ class Segments:
         self.summary = f"{len(pieces)} pieces of about 30 s, {hours:.2f} h; {short} tracks shorter than 4 s left out"
 
     def to(self, device):
-        """Keep the frames of all stores on a device: gather() then takes rows that are there. Returns self."""
+        """Keep the frames of all stores on a device: gather() then takes rows that are there."""
         self.frames = torch.from_numpy(np.concatenate([store.frames for store in self.stores])).to(device)
-        self.device = self.frames.device
-        return self
 
     def draw(self, seed, step, views=3, mask=0.0, share=slice(None)):
         """A batch without its frames, a dictionary of int64 tensors; gather() gives the frames of `rows`.
@@ -676,7 +677,7 @@ class Segments:
         begin, length, track, key, _ = self.pieces[chosen].T                          # (batch,) each
         room = length - 2 * SEGMENT
         apart = np.sort(rng.integers(0, np.maximum(room, 0) + 1, (2, size)), axis=0)  # (2, batch)
-        apart[1] += SEGMENT
+        apart[1] += SEGMENT                                                           # sorted: no overlap
         anywhere = rng.integers(0, length - SEGMENT + 1, (2, size))
         start = np.where(room >= 0, apart, anywhere) + begin
         start = np.where(rng.random(size) < 0.5, start, start[::-1])                  # A is not always first

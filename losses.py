@@ -51,11 +51,11 @@ def cpsd(profiles, shifts, omega=7, pairs=None):
     with the music is, up to one rotation of the whole circle, the key. 0 for one-hot profiles at the right shift, 1 for
     uniform profiles (z = 0), 4 for opposite points.
 
-    The trap. With a pair at equal pitch, as in STONE's three terms, a constant output has a lower loss than the uniform
-    one (2.76 at |z|^2 = 0.28, against 3.00), and networks that are not equivariant by construction, such as a ViT, stay
-    there. So the tasks below pass only pairs whose crops differ. For two different crops drawn from 0..12 the mean of
-    exp(i turn) is -1/13: a constant costs 1 + 2/13 |z|^2 + |z|^4 a pair, always more than the uniform output's 1.
-    z = 0 stays a saddle (the gradient is of second order in z).
+    The trap. With a pair at equal pitch, as in STONE's three terms, a constant output has a lower loss than a uniform
+    one (sum of the terms 2.76 at |z|^2 = 0.28, against 3.00), and networks that are not equivariant by construction,
+    such as a ViT, stay there. So the tasks below pass only pairs whose crops differ. For two different crops drawn from
+    0..12 the mean of exp(i turn) is -1/13: a constant costs 1 + 2/13 |z|^2 + |z|^4 a pair, always more than the uniform
+    output's 1. z = 0 stays a saddle: the gradient is 0 there, and small around it.
     """
     total, (re, im) = 0.0, circle_point(profiles, omega)                   # (views, batch) each
     pairs = pairs or list(combinations(range(len(profiles)), 2))
@@ -80,7 +80,9 @@ def centred(x):
 
 @in_float32
 def template_keys(cqt):
-    """A key template: cqt (batch, frames, 84 or 96 bins from an A) in [0, 1] -> correlations (batch, 24).
+    """A key template: cqt (batch, frames, 84 or 96) in [0, 1] -> correlations (batch, 24).
+
+    The lowest bin is taken for an A; of a crop from bin c, the keys are those of the view, c semitones lower.
 
     Keep spectral peaks, whiten them (minus the mean over 13 bins, not below 0), subtract a fifth harmonic of 0.2 (28
     bins up: a major third, which makes minor look major), average over frames and octaves, the middle octaves weighted
@@ -88,6 +90,7 @@ def template_keys(cqt):
     training, no labels; our choice, by trial on real recordings (tests/README.md).
     """
     cqt = cqt.float()
+    # Frames are the channels of these pools: they pool over bins.
     peaks = cqt.where(cqt >= F.max_pool1d(cqt, 3, stride=1, padding=1), 0)                     # (batch, frames, bins)
     white = (peaks - F.avg_pool1d(peaks, 13, 1, 6, count_include_pad=False)).clamp(min=0)
     white = (white - 0.2 * F.pad(white[..., :-28], (28, 0))).clamp(min=0)
@@ -214,8 +217,9 @@ TRANSPOSED_PAIRS = [(0, 2), (1, 2)]  # the views whose crops differ (data.Segmen
 def circulant_(weight):
     """Initialise (outputs, bins) so that transposing the input by a semitone only rotates each group of 12 outputs.
 
-    Row 12 k + q weighs pitch class p as row 12 k weighs p - q, in each octave times a random factor. With all else the
-    identity the network is then equivariant, at initialisation only. Other rows keep their values.
+    Row 12 k + q weighs pitch class p as row 12 k weighs p - q, in each octave times a random factor. Blocks start as
+    the identity, so a class token that starts from the CQT is then equivariant, but for notes that cross the border of
+    an octave or leave the crop; before training only. Rows after the last whole group of 12 keep their values.
     """
     outputs, bins = weight.shape
     groups, octaves = outputs // 12, bins // 12
@@ -252,9 +256,10 @@ class Pretext(nn.Module):
 
         forward(token, batch, teacher) -> (loss, {name: scalar to log})
 
-    branch: the spectrogram whose mean is the initial value of the class token, "cqt" or "mel"; views: 2 segments at one
-    pitch, or 3, with segment A transposed (data.Segments); needs_teacher: the moving average of the network;
-    needs_sequence: the sequence tokens, of this rank's share of the batch only; the loss is averaged over ranks.
+    branch: the spectrogram whose mean (of the embedded frames) is the initial value of the class token, "cqt" or "mel";
+    views: 2 segments at one pitch, or 3, with segment A transposed (data.Segments); needs_teacher: the moving
+    average of the network; needs_sequence: the sequence tokens, of this rank's share of the batch only; the loss is
+    averaged over ranks.
 
     token (views, batch, dim); batch: "shifts" (views, batch) semitones up, "keys" (batch,) 0..23 or -1, "tracks"
     (batch,), "progress" of the run, 0 to 1, and with needs_spectrogram "cqt" (2, batch, frames, 84) and "mel" (2,
@@ -269,7 +274,7 @@ class Pretext(nn.Module):
 
 
 def sum_relatives(log_keys):
-    """Log probabilities of keys (..., 12 or 24) -> pitch profile over key signatures (..., 12), with sum 1."""
+    """Log probabilities of keys (..., 12 or 24) -> key signature profile (..., 12), with sum 1."""
     return log_keys.exp().unflatten(-1, (-1, 12)).sum(dim=-2)
 
 
@@ -278,7 +283,7 @@ class CPSD(Pretext):
 
     CPSD determines the key only up to a per-song offset: on real recordings a network locks to the riff, the scale or
     the tonic of each track. Ours: the posterior of a key template as a soft label, beside CPSD, removes the offset.
-    pseudo_label: its weight (train.py --pseudo-label); 0 is the paper's loss.
+    pseudo_label: its weight (train.py --pseudo-label); 0 leaves it out.
     """
     branch, views, outputs, pseudo_label = "cqt", 3, 12, 0.0
     SHARPNESS = 15.0  # of the template's softmax (our choice)
@@ -290,7 +295,7 @@ class CPSD(Pretext):
 
     def reset(self):
         signatures = self.head.weight.data[:12]
-        circulant_(signatures.T).mul_(0.3)  # small initial logits: a saturated softmax has no gradient
+        circulant_(signatures.T).mul_(0.3)  # in place; small initial logits: a saturated softmax has no gradient
         self.head.weight.data[-12:] = signatures  # of 24 keys, major and minor start equally likely
 
     def log_keys(self, token):
@@ -300,14 +305,6 @@ class CPSD(Pretext):
         template_keys number a minor key 12 + its own tonic.)
         """
         return (self.head(token).float() / PROFILE_TEMPERATURE).log_softmax(dim=-1)
-
-    def posterior(self, token):
-        """token (..., dim) -> probabilities (..., outputs)."""
-        return self.log_keys(token).exp()
-
-    def profile(self, token):
-        """token (..., dim) -> pitch profile (..., 12)."""
-        return sum_relatives(self.log_keys(token))
 
     @property
     def needs_spectrogram(self):
@@ -321,7 +318,7 @@ class CPSD(Pretext):
         """
         keys = template_keys(batch["cqt"].transpose(0, 1).flatten(1, 2)).mul(self.SHARPNESS).softmax(dim=-1)
         keys = torch.cat([keys[:, :12], keys[:, 12:].roll(3, dims=1)], dim=1)                  # minor: its signature
-        turn = batch["shifts"] - batch["shifts"][0]                                            # (3, batch) semitones
+        turn = batch["shifts"] - batch["shifts"][0]                                        # (3, batch): 0, 0, view 2's
         place = (torch.arange(12, device=keys.device) - turn[..., None]) % 12                  # (3, batch, 12)
         return keys.expand(3, -1, -1).gather(-1, torch.cat([place, place + 12], dim=-1))
 
@@ -380,7 +377,8 @@ class Tone(CPSD):
     the mode.
     """
     outputs = 24
-    # Which view's major share teaches which (target, prediction, weight), times 1.5: STONE's 24-class code.
+    # Cross entropy between the modes of two views (target, prediction, weight); the target has a gradient too. In
+    # STONE's 24-class code times 1.5, here times SKey.MODE.
     AGREE = ((0, 2, 1.0), (1, 2, 0.5), (2, 1, 0.5), (0, 1, 1.0))
 
     def forward(self, token, batch, teacher=None):
@@ -427,7 +425,9 @@ class BYOL(Pretext):
 
 
 class Cluster(Pretext):
-    """DINO, 1024 prototypes. Teacher temperature 0.02 -> 0.04 in the first tenth, centre momentum 0.9 (multi-view)."""
+    """DINO, 1024 prototypes. Teacher temperature 0.02 -> 0.04 in a tenth of the run (multi-view: 10 epochs); centre
+    momentum 0.9.
+    """
     needs_teacher = True
 
     def __init__(self, dim):

@@ -3,7 +3,7 @@
 A vision transformer cuts an image into square patches. Here the image is a spectrogram and a patch is one frame, all
 frequencies at one moment: one token per frame. Class tokens are extra tokens that attend to all frames, each trained by
 its own loss: one by CPSD for key, one by NT-Xent for timbre and style. A class token starts as a learned vector plus
-the mean of one spectrogram, CQT for key and mel for the others (MT2).
+the mean of the embedded frames of one spectrogram, CQT for key and mel for the others (MT2).
 """
 import math
 import re
@@ -81,7 +81,7 @@ def cut_patches(mel, size):
 class MT2(nn.Module):
     """ViT with one class token per pretext task.
 
-    tokens: names out of losses.PRETEXT; dim, depth, heads: the trunk, 192, 12, 3 in the paper (5.4 M parameters);
+    tokens: names out of losses.PRETEXT; dim, depth, heads: the trunk, 192, 12, 3 in MT2 (5.4 M parameters);
     frames: longest input, 32 ms each; patch: "1", a frame a token (ViT-1D), or "16x16,128x2", patches of the mel
     (Myna); pool: "token", or "mean" of the sequence (Myna); inputs: the spectrograms of a frame, "cqt,mel" (MT2), "mel"
     (ViT-1D) or "cqt" (STONE). Raises ValueError for misfits.

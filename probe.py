@@ -19,11 +19,12 @@ in a table follows this path.
 
 Protocol `linear`. Windows do not overlap; a rest under 4 s is dropped unless it is all there is; nothing is padded.
 Tracks are split before anything else. Adam, rate 1e-3, batch 128, at most 50 x 128 steps (CoJEPA); features
-standardised by the training items; the weights of the lowest validation loss are kept, and the fit ends when it has
-not fallen for 640 steps (our choice). A track's prediction is the mean of its windows' outputs. Whatever is selected
-(a grid point, a row, a beat threshold) is selected by the validation metric. Test tracks are predicted once. Five
-seeds, or five folds where no split is given, mean and standard deviation; in brackets the 95 % interval of 1000
-bootstrap draws of test tracks (of the first seed where seeds share the test set).
+standardised by the training items; the weights of the lowest validation loss are kept, and the fit ends when it has not
+fallen for 640 steps (our choice). Per frame: batch 2048, rests are kept; `synth`: at most 640 steps. A track's
+prediction is the mean of its windows' outputs. Whatever is selected (a grid point, a row, a beat threshold) is selected
+by the validation metric. Test tracks are predicted once. Five seeds, or the folds of the task, or five folds where it
+has none, mean and standard deviation; in brackets the 95 % interval of 1000 bootstrap draws of test tracks (of the
+first seed where seeds share the test set).
 
 `--grid` selects among the 216 configurations of jukemir. Departures, for two CPU cores: successive halving (all for 64
 steps, the better half for 128, ... 14 for 1024), with a patience of 256 steps instead of 2048.
@@ -34,7 +35,7 @@ Rows:
     sequence mean      of the sequence tokens     sequence mean+std  mean and standard deviation over time
     all tokens mean    of class and sequence tokens
     sequence           the sequence tokens themselves, one item a frame, in `chords` and `beats`
-    untrained ...      the same of the same network with random weights
+    untrained ...      the same of the same network at initialisation, when its blocks are the identity
     raw mean           mean over time of the input spectrograms; compare with sequence mean and class tokens
     raw                mean and standard deviation over time; compare with sequence mean+std
     ... zero-shot      key outputs without any probe           key template    losses.template_keys, without training
@@ -66,7 +67,7 @@ from data import (AUDIO_SUFFIXES, DYNAMIC_RANGE, FRAME_SECONDS, KEY_NAMES, MAX_C
                   PITCH_CROP, SCALES, SEGMENT, SYNTH_SPLITS, TIMBRES, FrontEnd, InputError,
                   audio_to_frames, compose, crop_views, find_audio, parse_key, prepare_files, prepare_folders,
                   prepare_synth, read_audio, read_labels, read_table, render, run_cli, walk, write_atomic)
-from losses import template_keys
+from losses import centred, template_keys
 from model import MT2, load_checkpoint, pick_amp
 
 SEEDS = 5  # of a task with a given split
@@ -348,9 +349,10 @@ def read_chords(files):
     """
     found = files.matching(r"\.lab$|/ann_audio_chord/[^/]*\.csv$|_preprocessed/chords/.*\.csv$")
     found = [p for p in found if not {"keylab", "seglab"} & set(p.parts)]
-    by_song = len({p.parent for p in found}) < 5
+    stems, by_song = [p.stem for p in found], len({p.parent for p in found}) < 5
     for path in found:
-        name, also, group = f"{path.parent.name}/{path.stem}", [path.stem], path.stem if by_song else str(path.parent)
+        name, group = f"{path.parent.name}/{path.stem}", path.stem if by_song else str(path.parent)
+        also = [path.stem] * (stems.count(path.stem) == 1)                 # the same name elsewhere is another song
         if rwc := re.fullmatch(r"N\d+-M(\d+)-T(\d+)", path.stem):
             also = [f"rwc-p-m{rwc[1]}/{int(rwc[2])}", f"rwc-p-m{rwc[1]}/{rwc[2]}"]
             group = path.stem
@@ -548,7 +550,7 @@ def autocast(device):
 
 
 def untrained(model, device):
-    """The same network with random weights: what the architecture alone is worth."""
+    """The same network at initialisation, when blocks are the identity: what tokenisers and norm are worth."""
     torch.manual_seed(0)
     return MT2(**model.config).to(device).eval()
 
@@ -588,7 +590,7 @@ def network_rows(model, cqt, mel, layers, per_frame):
             found = {"sequence": tokens_of_frames(sequence, size, cqt.shape[1])} if per_frame else \
                 readouts(model.tokens, x[:, :first], sequence)
             for name, value in found.items():
-                rows.setdefault(name if len(layers) == 1 else f"{name} L{layer}", []).append(value)
+                rows.setdefault(name if layers == [len(model.blocks)] else f"{name} L{layer}", []).append(value)
     return {name: torch.cat(parts, dim=-1) for name, parts in rows.items()}
 
 
@@ -757,7 +759,8 @@ def retrieval(first, second, size=128):
 
     first, second (tracks, dim). One score per seed, which draws the tracks.
     """
-    first, second = F.normalize(first.float(), dim=-1), F.normalize(second.float(), dim=-1)
+    both = torch.stack([first, second]).float()
+    first, second = F.normalize(both - both.mean((0, 1)), dim=-1)      # a common offset would hide the differences
     scores = []
     for seed in range(SEEDS):
         drawn = np.random.default_rng(seed).choice(len(first), min(size, len(first)), replace=False)
@@ -1164,7 +1167,7 @@ def publish(source, name, title, table, remarks=()):
     """Print a table, and write it to probe-NAME.json beside `source` (for the shipped weights: to out/)."""
     print_table(title, table)
     print(*remarks, sep="\n")
-    folder = Path("out") if Path(source) == SHIPPED else Path(source).parent
+    folder = Path("out") if Path(source).resolve() == SHIPPED else Path(source).parent
     write_atomic(folder / f"probe-{name}.json", json.dumps(dict(title=title, rows=table), indent=1).encode())
     print(f"written to {folder / f'probe-{name}.json'}")
 
@@ -1213,7 +1216,7 @@ def key_outputs(model, tracks, device, crops=range(0, MAX_CROP + 1, 3)):
     for indices, batch in batches_of(windows):
         for crop in crops:
             with autocast(device):
-                keys = model.tasks[name].posterior(model(*views_of(batch, device, crop))[0][name])     # (n, 12 or 24)
+                keys = model.tasks[name].log_keys(model(*views_of(batch, device, crop))[0][name]).exp()
             logs[indices] += transpose(keys.cpu(), crop - PITCH_CROP).clamp(min=1e-4).log() / len(crops)
     return track_mean(logs, owner, np.arange(len(tracks))).softmax(dim=1)
 
@@ -1286,8 +1289,7 @@ def onset_windows(songs):
 
 def correlations(x, envelope):
     """Pearson's r of x (..., frames) with the envelope (..., frames): (...); 0 where one of them is constant."""
-    x, envelope = (F.normalize(y - y.mean(dim=-1, keepdim=True), dim=-1) for y in (x, envelope))
-    return (x * envelope).sum(dim=-1)
+    return (centred(x) * centred(envelope)).sum(dim=-1)
 
 
 def self_similarity(x, size):
@@ -1382,8 +1384,8 @@ def open_model(args, frames=False):
         print(f"no run in out/: using the shipped weights {path}" if path == SHIPPED else f"checkpoint {path}")
     try:
         model = load_checkpoint(path, args.device)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    except (ValueError, RuntimeError, AssertionError) as error:  # the last two: torch has no such device
+        raise InputError(str(error).partition("\n")[0]) from None
     if frames and (model.patches != [None] or model.pool != "token"):
         raise InputError(f"{args.task}: needs class tokens beside frames; {path} was trained with --patch "
                          f"{model.config['patch']} --pool {model.pool}, give one with --patch 1 and --pool token")
@@ -1426,9 +1428,8 @@ def tracks_of(args):
 def open_tracks(name, tracks):
     """Prepare the audio of `tracks`, broken files left out: ([(frames, 224) uint8], the tracks that are there)."""
     tracks = {t.name: t for t in tracks}
-    files = [(name, t.path) for name, t in sorted(tracks.items()) if t.path]
-    folders = sorted({str(path.resolve().parent) for _, path in files})
-    store = prepare_files(files, Path("data") / f"{name}-{hashed(str(folders), 16 ** 8):08x}")
+    files = [(name, t.path.resolve()) for name, t in sorted(tracks.items()) if t.path]
+    store = prepare_files(files, Path("data") / f"{name}-{hashed(str(files), 16 ** 8):08x}")
     return songs_of(store), [tracks[name] for name in store.paths]
 
 
@@ -1514,8 +1515,6 @@ def print_list(args):
     """Which tasks there are, where each looks and what it needs."""
     for name, task in TASKS.items():
         print(f"{name}: {task.what}\n    in datasets/{' or datasets/'.join(task.homes)}: {task.needs}")
-    print("folders, csv: your recordings, one sub-folder per class, or with a table of labels\n"
-          "synth: the embedded songs, nothing needed")
 
 
 SYNTH_COLUMNS = ("key signature", "key weighted @12.5 %", "key accuracy", "instrument accuracy @12.5 %",
@@ -1539,10 +1538,9 @@ def synth_table(model, device):
     add_columns(table, probe_targets(frames, parts, {"chords": "chords"}, runs=1)[0], "chords ")
     keys = [tracks[i].labels["key"] for i in test]
     add_columns(table, zero_shot(model, [songs[i] for i in test], device, keys), "key ")
-    shown = {}
     for name, row in table.items():
-        shown[name] = {column: row[column] for column in SYNTH_COLUMNS if column in row}
-    return shown
+        table[name] = {column: row[column] for column in SYNTH_COLUMNS if column in row}
+    return table
 
 
 def print_synth(checkpoint, device):
@@ -1564,7 +1562,7 @@ def print_key(args):
     """Zero-shot key of songs, also per 16 s; with a CSV of keys, its scores."""
     path, model = open_model(args)
     if model.key_token() is None:
-        raise InputError(f"{path}: has no key token; train one with --tokens cpsd,ntxent or skey,ntxent")
+        raise InputError(f"{path}: has no key token; give another --checkpoint, or train one with --tokens skey,ntxent")
     if args.keys:
         return score_keys(args, path, model)
     front_end, piece, files, readable = FrontEnd(), 4 * SEGMENT, [], 0
@@ -1597,7 +1595,7 @@ def score_keys(args, path, model):
         if key is not None:
             truth[i] = key
     if not truth:
-        raise InputError(f"{args.keys}: no row names a single key of a file below {' '.join(args.songs)}")
+        raise InputError(f"{args.keys}: no row has a single key (F# minor) of a file below {' '.join(args.songs)}")
     table = zero_shot(model, [store.track(i) for i in truth], args.device, list(truth.values()))
     title = (f"zero-shot key, {len(truth)} tracks ({len(labels) - len(truth)} name no single key), in % [95 % "
              "bootstrap interval]\nsignature: relatives count; KSEA: half for a fifth; weighted: MIREX, ascending")
@@ -1671,7 +1669,9 @@ def print_map(args):
     """PCA of tracks by each class token: a folder's, trained above untrained, or the embedded songs, by two labels."""
     if args.keys and not args.data:
         raise InputError("--keys: are the keys of the songs in --data; give both, or neither for the embedded songs")
-    (_, model), plt, rows = open_model(args), pyplot(), []
+    if (plt := pyplot()) is None:
+        return
+    (_, model), rows = open_model(args), []
     circle = lambda key: "?" if key is None else FIFTH_NAMES[FIFTHS.index(SIGNATURES[key])]
     networks = {"": model}
     if args.data:
@@ -1693,8 +1693,7 @@ def print_map(args):
         names = model.tokens[:model.class_token_count] or ["sequence"]
         panels = {prefix + name: found[name] for name in names}
         rows += [(panels, values, by) for by, values in labels.items()]
-    if plt:
-        draw_map(plt, args.out, rows)
+    draw_map(plt, args.out, rows)
 
 
 def print_emergence(args):
@@ -1748,7 +1747,7 @@ def main():
     commands = parser.add_subparsers(dest="task", required=True, metavar="TASK")
 
     def command(name, run, text, parent=network):
-        made = commands.add_parser(name, help=text, parents=[parent])
+        made = commands.add_parser(name, help=text, parents=[parent], allow_abbrev=False)
         made.set_defaults(run=run)
         return made
 

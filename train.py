@@ -49,13 +49,13 @@ MYNA = dict(tokens="ntxent", dim=384, depth=12, heads=6, batch_size=4096, steps=
 PRESETS = {
     # For a CPU: a third of the layers, two thirds of the width; 1,000 steps are no better on real music (our choice).
     "small": dict(VIT1D, tokens="cpsd,ntxent", dim=128, depth=4, heads=2, steps=500, mask=0.75),
-    # MT2 (paper: 192 x 12 x 3, MLP 768); batch 128 and 999 epochs of 512 steps from CoJEPA; mask from CoJEPA (50-75 %).
+    # MT2 (published interface: 192 x 12 x 3); batch 128 and 999 epochs of 512 steps from CoJEPA; mask our choice.
     "mt2": dict(VIT1D, tokens="cpsd,ntxent", mask=0.5),
     # The same for a first try on one GPU: a length of some minutes there (our choice, not measured).
     "demo": dict(VIT1D, tokens="cpsd,ntxent", steps=6000, mask=0.5),
-    # "Emergent": the same trunk with NT-Xent alone on the mel; no masking described.
+    # ViT-1D ("Emergent"): the same trunk with NT-Xent alone on the mel; no masking described.
     "vit1d": dict(VIT1D, tokens="ntxent", mask=0.0, inputs="mel"),
-    # STONE's loss, CQT, batch, rate and length (50 epochs of 512 steps) on our trunk; its own is convolutional.
+    # STONE's CQT, batch, rate, 50 epochs of 512 steps; our CPSD (two circles, two pairs) and trunk (its: a CNN).
     "stone": dict(VIT1D, tokens="cpsd", steps=25_600, mask=0.0, inputs="cqt"),
     # S-KEY's: 50 epochs of 60,000 songs in batches of 128.
     "skey": dict(VIT1D, tokens="skey", steps=23_438, mask=0.0, inputs="cqt"),
@@ -90,14 +90,14 @@ def make_batch(segments, model, seed, step, mask, steps, device, share=slice(Non
     """
     pin = torch.device(device).type == "cuda"
     move = lambda x: (x.pin_memory() if pin and not x.is_cuda else x).to(device, non_blocking=True)
-    to_frames = lambda x: move(x) if segments.device.type == "cuda" else x  # numbers of frames go where the frames are
+    to_frames = lambda x: move(x) if segments.frames is not None else x  # numbers of frames go where the frames are
     views = max(task.views for task in model.tasks.values())
     whole_frames = model.patches == [None]
     needs_spectrogram = any(task.needs_spectrogram for task in model.tasks.values())
     drawn = segments.draw(seed, step, views, mask if whole_frames else 0.0, share)
     frames = segments.gather(to_frames(drawn["rows"]))                     # (views, share, kept, 224) uint8
     crops = move(drawn["crops"])                                           # (views, batch)
-    batch = dict(shifts=-crops, keys=move(drawn["keys"]), tracks=move(drawn["tracks"]))  # a crop c bins up: c down
+    batch = dict(shifts=-crops, keys=move(drawn["keys"]), tracks=move(drawn["tracks"]))  # crop c: c semitones down
     batch["progress"] = torch.full((), step / max(1, steps - 1), device=device)
     if whole_frames or needs_spectrogram:
         cqt, mel = data.training_views(move(frames), crops[:, share])      # (views, share, kept, 84 and 128)
@@ -247,8 +247,8 @@ def lost_ranks():
 def whole_batch(x):
     """(views, share, ...) of this rank -> (views, batch, ...) of all ranks, differentiable.
 
-    Every rank computes the same losses, and its share gets the gradients of all of them. The mean over the ranks
-    (average_gradients) is then the sum over shares in the trunk, and in the heads the mean of equals.
+    Every rank computes the same loss; backward adds the gradients of these `ranks` equal losses for each share, and
+    average_gradients divides by `ranks`. In the heads gradients are equal on all ranks, and stay.
     """
     if not dist.is_initialized():
         return x
@@ -367,7 +367,7 @@ def parse_args(argv=None):
     add("--data", nargs="+", default=["synth"], help="folders of music or frame stores; default: synth, built-in songs")
     add("--mix", type=numbers, help="how often each source of --data is drawn from, as 3,1; default: by its pieces")
     add("--pseudo-label", type=float, default=0.0, help="weight of a key template as soft label of the key token; "
-        "default: 0, the papers' losses; 1 for real recordings")
+        "default: 0, no such term; 1 for real recordings")
     add("--labels-csv", help="CSV with columns file,key: labels for the token tone; default: no labels")
     add("--out", type=Path, default="out/mt2", help="run folder; default: %(default)s")
     add = parser.add_argument_group("size and length, by default the preset's").add_argument

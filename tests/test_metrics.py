@@ -369,7 +369,15 @@ def test_retrieval_closed_cases():
     assert probe.retrieval(same[:7], same[:7].half()) == [1.0] * probe.SEEDS                        # fewer tracks than asked for
 
 
+def test_retrieval_ignores_what_all_tracks_share():
+    x, y = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0))
+    assert probe.retrieval(x + 100, x + y / 9 + 100) == probe.retrieval(x, x + y / 9)
+    assert min(probe.retrieval(x, x + y / 9)) > 0.9
+
+
 def test_retrieval_counts_both_ways():
-    """First excerpts at 0, 10 and 90 degrees, second at 0, 2 and 90: 10 finds 2, but 2 finds 0. Right 3 and 2 of 3."""
+    """First excerpts at 0, 10 and 90 degrees, second at 0, 2 and 90: 10 finds 2, but 2 finds 0. Right 3 and 2 of 3.
+
+    The same once more on the other side, so that the mean is 0."""
     unit = lambda *degrees: torch.tensor([[np.cos(np.radians(d)), np.sin(np.radians(d))] for d in degrees], dtype=torch.float32)
-    assert probe.retrieval(unit(0, 10, 90), unit(0, 2, 90)) == pytest.approx([5 / 6] * probe.SEEDS)
+    assert probe.retrieval(unit(0, 10, 90, 180, 190, 270), unit(0, 2, 90, 180, 182, 270)) == pytest.approx([5 / 6] * probe.SEEDS)

@@ -8,7 +8,7 @@ import torch
 import data
 import model as model_file
 from data import CROP_BINS, N_MELS, SEGMENT
-from losses import PRETEXT, cpsd, nt_xent
+from losses import PRETEXT, cpsd, nt_xent, sum_relatives
 from model import MT2, Block, load_checkpoint, parse_patch
 
 SMALL = dict(dim=32, depth=2, heads=2, frames=20)
@@ -76,7 +76,7 @@ def test_equivariant_at_initialisation():
         model.class_tokens.zero_()
     cqt, mel = views()
     cqt[..., :36] = cqt[..., 47:] = 0
-    profile, moved = (model.tasks["cpsd"].profile(model(x, torch.zeros_like(mel))[0]["cpsd"]) for x in (cqt, cqt.roll(1, -1)))
+    profile, moved = (sum_relatives(model.tasks["cpsd"].log_keys(model(x, torch.zeros_like(mel))[0]["cpsd"])) for x in (cqt, cqt.roll(1, -1)))
     assert_same(profile.roll(1, -1), moved)
     assert profile.std() > 0.01
 
@@ -138,7 +138,7 @@ def test_a_loss_trains_its_own_head_and_the_trunk_only(loss, own, other):
     model = make().train()
     token = model(*views(batch=6))[0][own]
     if loss == "cpsd":
-        cpsd(model.tasks["cpsd"].profile(token).view(2, 3, 12), torch.tensor([[1, 2, 3], [0, 0, 0]])).backward()
+        cpsd(sum_relatives(model.tasks["cpsd"].log_keys(token)).view(2, 3, 12), torch.tensor([[1, 2, 3], [0, 0, 0]])).backward()
     else:
         nt_xent(model.tasks["ntxent"].head(token).view(2, 3, -1)).backward()
     assert all(p.grad is None for p in model.tasks[other].parameters())
@@ -150,7 +150,7 @@ def test_a_loss_trains_its_own_head_and_the_trunk_only(loss, own, other):
 def test_heads_give_a_profile_and_an_embedding():
     model = make()
     tokens, _ = model(*views())
-    profile = model.tasks["cpsd"].profile(tokens["cpsd"])
+    profile = sum_relatives(model.tasks["cpsd"].log_keys(tokens["cpsd"]))
     assert profile.shape == (3, 12) and (profile >= 0).all()
     assert_same(profile.sum(-1), torch.ones(3), 1e-6)
     assert model.tasks["ntxent"].head(tokens["ntxent"]).shape == (3, 128)

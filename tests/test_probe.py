@@ -572,8 +572,8 @@ class Folded:
     def __call__(self, cqt, mel):
         return {"cpsd": torch.roll((cqt ** 4).mean(dim=1).view(len(cqt), 7, 12).sum(dim=1), self.turn, dims=1)}, {}
 
-    def posterior(self, token):
-        return token / token.sum(dim=1, keepdim=True)
+    def log_keys(self, token):
+        return (token / token.sum(dim=1, keepdim=True)).log()
 
 
 @pytest.mark.parametrize("turn", [0, 5])
@@ -633,7 +633,7 @@ def test_the_output_of_a_track_is_the_product_of_its_windows():
     profiles = probe.key_outputs(net, tracks, "cpu", [probe.PITCH_CROP])
     windows = [tracks[0][:126], tracks[0][126:252], tracks[1]]
     with torch.no_grad():
-        each = torch.cat([net.tasks["cpsd"].posterior(net(*probe.views_of(torch.from_numpy(w)[None], "cpu"))[0]["cpsd"]) for w in windows])
+        each = torch.cat([net.tasks["cpsd"].log_keys(net(*probe.views_of(torch.from_numpy(w)[None], "cpu"))[0]["cpsd"]).exp() for w in windows])
     same(profiles, torch.stack([F.normalize(each[:2].prod(dim=0).sqrt(), p=1, dim=0), each[2]]))
 
 

@@ -173,6 +173,17 @@ def test_files_that_go_or_grow_meanwhile(tmp_path, monkeypatch):
     assert prepare_folders([tmp_path / "music"], tmp_path / "out").lengths[1] == 1 + 2 * SAMPLE_RATE // HOP
 
 
+def test_a_file_made_again_is_prepared_again(tmp_path):
+    """Of the same length and size, as a mix that is bounced once more."""
+    write_tone(tmp_path / "music" / "a.wav")
+    before = prepare_folders([tmp_path / "music"], tmp_path / "out").frames.copy()
+    wave, rate = sf.read(tmp_path / "music" / "a.wav")
+    sf.write(tmp_path / "music" / "a.wav", wave[::-1] * np.linspace(0.1, 1, len(wave)), rate)
+    os.utime(tmp_path / "music" / "a.wav", (1e9, 1e9))
+    after = prepare_folders([tmp_path / "music"], tmp_path / "out").frames
+    assert before.shape == after.shape and (before != after).any()
+
+
 @pytest.mark.parametrize("setting, value", [("MEL_REFERENCE", 500.0), ("DYNAMIC_RANGE", 60.0)])
 def test_other_settings_prepare_anew(song_folder, copy_of, monkeypatch, setting, value):
     before = FrameStore(copy_of).frames[:].copy()
@@ -180,7 +191,7 @@ def test_other_settings_prepare_anew(song_folder, copy_of, monkeypatch, setting,
     after = prepare_folders([song_folder], copy_of).frames
     assert after.shape == before.shape and (after != before).mean() > 0.1
     monkeypatch.undo()
-    with pytest.raises(InputError, match=setting.lower()):                 # opened by name it is refused, not misread
+    with pytest.raises(InputError, match="another front end"):               # opened by name it is refused, not misread
         FrameStore(copy_of)
 
 
@@ -372,3 +383,10 @@ def test_prepare_synth_is_a_store_of_these_songs(tmp_path):
     expected = (data.FrontEnd()(torch.from_numpy(wave_of(1))[None])[0] * 255).round()
     assert (torch.from_numpy(store.track(1).copy()).float() - expected).abs().max() <= 1
     assert data.prepare_synth(songs=1, out=tmp_path / "synth").paths == ["synth/00000"]
+
+
+def test_synthetic_songs_by_the_path_of_their_store_are_training_songs_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SYNTH_SPLITS", {"train": range(2), "valid": range(2, 3), "test": range(3, 4)})
+    data.prepare_synth(4, tmp_path / "songs")
+    store, = data.open_data([tmp_path / "songs"])
+    assert len(store.lengths) == 2 and data.Segments([store], 1).pieces[:, 2].max() == 1

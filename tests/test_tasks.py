@@ -575,6 +575,22 @@ def test_layers_and_labels(gtzan, run):
     assert list(rows["chosen on validation"]) == ["accuracy"]
 
 
+def test_one_inner_layer_has_its_number_in_the_rows():
+    net = probe.MT2(("cpsd", "ntxent"), dim=24, depth=2, heads=2)
+    frames = [np.full((126, data.COLUMNS), 9, np.uint8)]
+    assert all(name.endswith(" L1") for name in probe.extract(net, frames, "cpu", [1]).rows)
+    assert not any(" L" in name for name in probe.extract(net, frames, "cpu", [2]).rows)
+
+
+def test_chords_of_a_missing_song_get_no_other_song_of_its_name(tmp_path):
+    for album in ("A", "B"):
+        (tmp_path / album).mkdir()
+        (tmp_path / album / "01.lab").write_text("0 4 C\n")
+    (tmp_path / "B" / "01.wav").touch()
+    found = {t.name: t.path for t in probe.read_chords(probe.Files([tmp_path]))}
+    assert found == {"A/01": None, "B/01": tmp_path / "B" / "01.wav"}
+
+
 @pytest.mark.parametrize("words, message", [
     ("--layers 2", "--layers 2: this network has layers 0 to 1"), ("--layers last", "--layers last"),
     ("--labels 2", None), ("--labels half", None)])
