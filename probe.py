@@ -695,7 +695,7 @@ def tag_scores(outputs, truth):
 
 def finite_mean(values):
     values = values[np.isfinite(values)]
-    return float(values.mean()) if len(values) else float("nan")
+    return float(values.mean()) if len(values) else np.nan
 
 
 def r2(outputs, truth):
@@ -751,11 +751,11 @@ def interval(metric, outputs, truths, draws=1000):
             drawn = [rng.integers(0, len(o), len(o)) for o in outputs]
             values.append(np.mean([metric(o[d], t[d]) for o, t, d in zip(outputs, truths, drawn)]))
     values = np.array(values)[np.isfinite(values)]
-    return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else [float("nan")] * 2
+    return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else [np.nan] * 2
 
 
-def retrieval(first, second, size=128):
-    """Top-1 accuracy of retrieving a track's second excerpt among `size` by the cosine to its first, both ways.
+def retrieval(first, second):
+    """Top-1 accuracy of retrieving a track's second excerpt among 128 by the cosine to its first, both ways.
 
     first, second (tracks, dim). One score per seed, which draws the tracks.
     """
@@ -763,7 +763,7 @@ def retrieval(first, second, size=128):
     first, second = F.normalize(both - both.mean((0, 1)), dim=-1)      # a common offset would hide the differences
     scores = []
     for seed in range(SEEDS):
-        drawn = np.random.default_rng(seed).choice(len(first), min(size, len(first)), replace=False)
+        drawn = np.random.default_rng(seed).choice(len(first), min(128, len(first)), replace=False)
         cosine, right = first[drawn] @ second[drawn].T, torch.arange(len(drawn))
         hits = torch.cat([cosine.argmax(dim=1) == right, cosine.argmax(dim=0) == right])
         scores.append(hits.float().mean().item())
@@ -972,7 +972,7 @@ def fit(x, target, train, valid, seed=0, batch=128, lr=1e-3, l2=0.0, steps=STEPS
     torch.manual_seed(seed)
     probe = Probe(x, target, train, **network)
     optimizer = torch.optim.Adam(probe.parameters(), lr=lr, weight_decay=l2, fused=True)
-    best_loss, best_step, best = float("inf"), 0, deepcopy(probe.state_dict())
+    best_loss, best_step, best = np.inf, 0, deepcopy(probe.state_dict())
     for step in range(steps + 1):
         if step % EVERY == 0 or step == steps:
             probe.eval()
@@ -1515,6 +1515,7 @@ def print_list(args):
     """Which tasks there are, where each looks and what it needs."""
     for name, task in TASKS.items():
         print(f"{name}: {task.what}\n    in datasets/{' or datasets/'.join(task.homes)}: {task.needs}")
+    print("folders, csv: your recordings, one sub-folder per class or a table of labels\nsynth: the embedded songs")
 
 
 SYNTH_COLUMNS = ("key signature", "key weighted @12.5 %", "key accuracy", "instrument accuracy @12.5 %",

@@ -218,6 +218,7 @@ def test_too_little_music_is_refused(tmp_path):
 
 def test_validation_and_test_songs_stay_out_of_training(tmp_path, monkeypatch):
     store = make_store(tmp_path / "synth", [SEGMENT] * 4)
+    store.paths = [f"synth/{i:05d}" for i in range(4)]
     monkeypatch.setattr(data, "SYNTH_SPLITS", dict(train=range(0, 2), valid=range(2, 3), test=range(3, 4)))
     monkeypatch.setattr(data, "prepare_synth", lambda: store)
     stores = data.open_data(["synth"])
