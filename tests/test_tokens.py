@@ -1,6 +1,9 @@
 """Every pretext task: closed cases of its loss, what its class adds, and two steps of training, alone and with CPSD."""
 import json
+import re
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -341,22 +344,12 @@ def test_a_collapse_is_flagged(store, tmp_path, monkeypatch, capsys):
 
 
 def test_a_pretext_task_of_your_own(store, tmp_path, monkeypatch):
-    """The exercise of README: one class and one line register a task."""
-
-    class Loudness(losses.Pretext):
-        """Tell which of the two excerpts is louder."""
-        needs_spectrogram = True
-
-        def __init__(self, dim):
-            super().__init__()
-            self.head = nn.Linear(dim, 1)
-
-        def forward(self, token, batch, teacher=None):
-            a, b = self.head(token)[..., 0].float()                         # (batch,) each
-            louder = batch["mel"][0].mean(dim=(1, 2)) > batch["mel"][1].mean(dim=(1, 2))
-            return F.binary_cross_entropy_with_logits(a - b, louder.float()), {}
-
-    monkeypatch.setitem(losses.PRETEXT, "loudness", Loudness)
+    """The exercise of the laboratory book, as printed there: one class and one line register a task."""
+    book = (Path(__file__).parent / "README.md").read_text()
+    code = textwrap.dedent(re.search(r"^    class Loudness.*?(?=^A probe)", book, flags=re.S | re.M)[0])
+    own = vars(losses) | dict(PRETEXT={})
+    exec(code, own)
+    monkeypatch.setitem(losses.PRETEXT, "loudness", own["PRETEXT"]["loudness"])
 
     for name, flags in (("frames", ["--tokens", "cpsd,loudness"]), ("patches", ["--tokens", "loudness", "--patch", "16x16"])):
         run(monkeypatch, *flags, "--data", store, "--batch-size", 4, "--steps", 2, "--log-every", 1, "--out", tmp_path / name)
