@@ -1,10 +1,11 @@
 """Real recordings: zero-shot keys and retrieval for several checkpoints at once, mean and deviation over them.
 
     python tests/real.py excerpts --keys held_majority.csv held_agreed.csv --checkpoint out/real-*/checkpoint.pt
+    python tests/real.py excerpts --keys held_majority.csv --checkpoint tests/weights/mt2.pt --tuning 432 436 444 448
 
 Key signature and key in % on each CSV (columns file,key), beside the template and the untrained network. Retrieval:
 two excerpts of a track, NAME_a and NAME_b; top-1 accuracy of finding the other one among all excerpts of the other
-kind, by the cosine of mean features, both ways.
+kind, by the cosine of mean features, both ways. --tuning: keys of the recordings resampled so that A4 is at these Hz.
 """
 import argparse
 import sys
@@ -41,11 +42,18 @@ def rows_of(model, tracks, prefix, device):
     return {prefix + name: probe.track_mean(x.float(), items.owner, order) for name, x in items.rows.items()}
 
 
+def retuned(path, a4):
+    """Frames of a recording as if its A4 were not at 440 Hz."""
+    wave = data.resample([data.read_audio(path)], 10 * round(data.SAMPLE_RATE * a4 / 4400), data.SAMPLE_RATE)
+    return data.audio_to_frames(wave, data.FrontEnd())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder")
     parser.add_argument("--keys", nargs="+", required=True)
     parser.add_argument("--checkpoint", nargs="+", required=True)
+    parser.add_argument("--tuning", nargs="+", type=float, default=[])
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     store, truths, numbers = data.prepare_folders([args.folder]), {}, {}
@@ -68,6 +76,11 @@ def main():
             table.setdefault(f"{prefix}{model.key_token()} zero-shot", []).append(row)
             for name, x in rows_of(network, tracks, prefix, args.device).items():
                 table.setdefault(name, []).append({"retrieval": retrieval(x, first, second)})
+        for a4 in args.tuning:
+            frames = [retuned(Path(args.folder).resolve().parent / path, a4) for path in paths]
+            table[f"key template, A = {a4:g} Hz"] = [key_columns(probe.template_rows(frames), truths, numbers)]
+            row = key_columns(probe.key_probabilities(model, frames, args.device).numpy(), truths, numbers)
+            table.setdefault(f"{model.key_token()}, A = {a4:g} Hz", []).append(row)
     for name, x in rows_of(None, tracks, "", args.device).items():
         table[name] = [{"retrieval": retrieval(x, first, second)}]
     print(f"{len(args.checkpoint)} networks; retrieval among {len(pairs)} tracks")
