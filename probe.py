@@ -1216,7 +1216,7 @@ def key_outputs(model, tracks, device, crops=range(0, MAX_CROP + 1, 3)):
     for indices, batch in batches_of(windows):
         for crop in crops:
             with autocast(device):
-                keys = model.tasks[name].log_keys(model(*views_of(batch, device, crop))[0][name]).exp()
+                keys = model.tasks[name].log_keys(model(*views_of(batch, device, crop))[0][name]).exp()  # (n, 12 or 24)
             logs[indices] += transpose(keys.cpu(), crop - PITCH_CROP).clamp(min=1e-4).log() / len(crops)
     return track_mean(logs, owner, np.arange(len(tracks))).softmax(dim=1)
 

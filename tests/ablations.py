@@ -123,8 +123,8 @@ def one_hot(share):
             distance = (angle.cos() - re * x - im * y) ** 2 + (angle.sin() - im * x + re * y) ** 2
             term = term + distance / len(self.omegas)
         labelled = (batch["keys"] >= 0).float()                                                # (batch,)
-        one_hot = (term.mean(dim=0) * labelled).sum() / labelled.sum().clamp(min=1)
-        return loss - logs["supervised_term"] + one_hot, logs | dict(supervised_term=one_hot)
+        supervised = (term.mean(dim=0) * labelled).sum() / labelled.sum().clamp(min=1)
+        return loss - logs["supervised_term"] + supervised, logs | dict(supervised_term=supervised)
     losses.Tone.forward = forward
 
 

@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
@@ -28,24 +26,16 @@ def key_columns(outputs, truths, numbers):
             for name, truth in truths.items() for metric in metrics}
 
 
-def retrieval(x, first, second):
-    """Top-1 accuracy in % among features x (tracks, dim): rows `first` find rows `second`, and the other way."""
-    x = F.normalize(x.float() - x.float().mean(dim=0), dim=1)  # a common offset would hide the differences
-    cosine, right = x[first] @ x[second].T, torch.arange(len(first))
-    hits = torch.cat([cosine.argmax(dim=1) == right, cosine.argmax(dim=0) == right])
-    return 100 * hits.float().mean().item()
-
-
 def rows_of(model, tracks, prefix, device):
     """{row: (tracks, dim)}: mean features of one network, or of the raw spectrograms (model None)."""
     items, order = probe.extract(model, tracks, device), np.arange(len(tracks))
     return {prefix + name: probe.track_mean(x.float(), items.owner, order) for name, x in items.rows.items()}
 
 
-def retuned(path, a4):
+def retuned(path, a4, front_end):
     """Frames of a recording as if its A4 were not at 440 Hz."""
     wave = data.resample([data.read_audio(path)], 10 * round(data.SAMPLE_RATE * a4 / 4400), data.SAMPLE_RATE)
-    return data.audio_to_frames(wave, data.FrontEnd())
+    return data.audio_to_frames(wave, front_end)
 
 
 def main():
@@ -68,6 +58,11 @@ def main():
     first, second = map(list, zip(*pairs))
 
     table = {"key template": [key_columns(probe.template_rows(tracks), truths, numbers)]}
+    retunings, front_end = {}, data.FrontEnd()
+    for a4 in args.tuning:
+        retunings[a4] = [retuned(Path(args.folder).resolve().parent / path, a4, front_end) for path in paths]
+        row = key_columns(probe.template_rows(retunings[a4]), truths, numbers)
+        table[f"key template, A = {a4:g} Hz"] = [row]
     for path in args.checkpoint:
         model = load_checkpoint(path, args.device)
         networks = {"": model} | ({"untrained ": probe.untrained(model, args.device)} if path == args.checkpoint[0] else {})
@@ -75,14 +70,12 @@ def main():
             row = key_columns(probe.key_probabilities(network, tracks, args.device).numpy(), truths, numbers)
             table.setdefault(f"{prefix}{model.key_token()} zero-shot", []).append(row)
             for name, x in rows_of(network, tracks, prefix, args.device).items():
-                table.setdefault(name, []).append({"retrieval": retrieval(x, first, second)})
-        for a4 in args.tuning:
-            frames = [retuned(Path(args.folder).resolve().parent / path, a4) for path in paths]
-            table[f"key template, A = {a4:g} Hz"] = [key_columns(probe.template_rows(frames), truths, numbers)]
+                table.setdefault(name, []).append({"retrieval": 100 * probe.retrieval(x[first], x[second])[0]})
+        for a4, frames in retunings.items():
             row = key_columns(probe.key_probabilities(model, frames, args.device).numpy(), truths, numbers)
             table.setdefault(f"{model.key_token()}, A = {a4:g} Hz", []).append(row)
     for name, x in rows_of(None, tracks, "", args.device).items():
-        table[name] = [{"retrieval": retrieval(x, first, second)}]
+        table[name] = [{"retrieval": 100 * probe.retrieval(x[first], x[second])[0]}]
     print(f"{len(args.checkpoint)} networks; retrieval among {len(pairs)} tracks")
     for name, rows in table.items():
         cells = [f"{column} {np.mean(values):.1f} ±{np.std(values):4.1f}" for column in rows[0]
