@@ -198,8 +198,8 @@ def cqt_kernel(frequency):
 class CQT(nn.Module):
     """Constant-Q transform: (batch, samples) -> (batch, 96, frames) magnitudes, frames = 1 + samples // HOP.
 
-    Bin k is tuned to f_k = 27.5 * 2^(k / 12) Hz by a filter as in cqt_kernel. Frames are centred at multiples of HOP;
-    the signal is zero-padded.
+    Bin k is tuned to f_k = 27.5 * 2^((k + tuning) / 12) Hz by a filter as in cqt_kernel. Frames are centred at
+    multiples of HOP; the signal is zero-padded.
 
     The lowest filter lasts 0.6 s, and a kernel that long at every frame is slow. But the filter an octave lower is the
     same at half the sample rate. So: filter the top octave with a short kernel (12 x 128 taps), halve the sample rate,
@@ -208,24 +208,21 @@ class CQT(nn.Module):
 
     def __init__(self):
         super().__init__()
-        top = torch.arange(N_BINS - BINS_PER_OCTAVE, N_BINS, dtype=torch.float64)
-        kernel = cqt_kernel(FMIN * 2 ** (top / BINS_PER_OCTAVE))
-        self.n_fft = 2 * (kernel.shape[1] - 1)
-        # Not in the state dict: they follow from the constants.
-        self.register_buffer("kernel", kernel, persistent=False)           # (12, n_fft/2 + 1)
-        self.register_buffer("ones", torch.ones(self.n_fft), persistent=False)
         taps, self.centre = half_band_filter()
-        self.register_buffer("taps", taps, persistent=False)               # (95, 32)
+        self.register_buffer("taps", taps, persistent=False)               # (95, 32), not in the state dict
 
-    def forward(self, wave):
+    def forward(self, wave, tuning=0.0):
+        top = torch.arange(N_BINS - BINS_PER_OCTAVE, N_BINS, dtype=torch.float64)
+        kernel = cqt_kernel(FMIN * 2 ** ((top + tuning) / BINS_PER_OCTAVE)).to(wave.device)    # (12, n_fft/2 + 1)
+        n_fft = 2 * (kernel.shape[1] - 1)
+        ones = torch.ones(n_fft, device=wave.device)                       # the window is in the kernel
         frames, octaves = 1 + wave.shape[-1] // HOP, []
         for octave in range(N_BINS // BINS_PER_OCTAVE):
             if octave:
                 wave = halve_rate(wave, self.taps, self.centre)            # (batch, samples / 2^octave)
-            spectrum = torch.stft(wave, self.n_fft, HOP >> octave, window=self.ones, pad_mode="constant",
-                                  return_complex=True)
+            spectrum = torch.stft(wave, n_fft, HOP >> octave, window=ones, pad_mode="constant", return_complex=True)
             spectrum = spectrum[..., :frames]                              # (batch, n_fft/2 + 1, frames)
-            octaves.append((self.kernel @ spectrum).abs())                 # (batch, 12, frames)
+            octaves.append((kernel @ spectrum).abs())                      # (batch, 12, frames)
         return torch.cat(octaves[::-1], dim=1)                             # (batch, 96, frames), low to high
 
 
@@ -303,9 +300,30 @@ class FrontEnd(nn.Module):
         super().__init__()
         self.cqt, self.mel = CQT(), Mel()
 
-    def forward(self, wave):
-        both = [log_compress(self.cqt(wave)), log_compress(self.mel(wave), MEL_REFERENCE, power=True)]
+    def forward(self, wave, tuning=0.0):
+        both = [log_compress(self.cqt(wave, tuning)), log_compress(self.mel(wave), MEL_REFERENCE, power=True)]
         return torch.cat(both, dim=1).transpose(1, 2)
+
+
+def estimate_tuning(wave):
+    """How far a recording is above A4 = 440 Hz: (samples,) -> semitones in -0.5..0.5, 0 where that is not clear.
+
+    From the spectral peaks between 110 and 2000 Hz, as in librosa: each frequency by parabolic interpolation, then the
+    circular mean, weighted by magnitude, of the distances to the nearest semitone. It is clear if that mean has at
+    least a tenth of the length 1 that it would have if all peaks agreed (our choice, by trial).
+    """
+    n_fft = 8192                                                           # bins of 2 Hz
+    hop = max(n_fft // 2, len(wave) // 256)                                # about 256 frames of a long recording
+    spectrum = torch.stft(wave, n_fft, hop, window=torch.hann_window(n_fft), pad_mode="constant", return_complex=True)
+    level = spectrum.abs().clamp(min=1e-6).log()[56:1024]                  # (bins, frames)
+    below, middle, above = level[:-2], level[1:-1], level[2:]
+    offset = (below - above) / (below - 2 * middle + above) / 2            # vertex of the parabola through three bins
+    frequency = (torch.arange(57, 1023)[:, None] + offset) * SAMPLE_RATE / n_fft
+    is_peak = (middle > below) & (middle >= above)
+    turn = torch.exp(2j * math.pi * 12 * torch.log2(frequency[is_peak] / 440))                 # a semitone is one turn
+    weight = middle[is_peak].exp()
+    mean = (weight * turn).sum() / weight.sum()
+    return mean.angle().item() / (2 * math.pi) if mean.abs() > 0.1 else 0.0
 
 
 CHUNK = 60 * SAMPLE_RATE // HOP * HOP  # samples transformed at once
@@ -316,12 +334,13 @@ HALO = 32 * HOP                        # context on either side: the longest fil
 def audio_to_frames(wave, front_end):
     """(samples,) at 16 kHz -> (frames, 224) uint8, frames = 1 + samples // hop.
 
-    Chunks of 60 s are transformed with a halo of context, so that no seam remains. 255 steps for 80 dB are 0.3 dB each.
+    The CQT follows the tuning of the recording. Chunks of 60 s are transformed with a halo of context, so that no seam
+    remains. 255 steps for 80 dB are 0.3 dB each.
     """
-    output = []
+    tuning, output = estimate_tuning(wave), []
     for start in range(0, len(wave), CHUNK):
         first = max(0, start - HALO)
-        frames = front_end(wave[None, first:start + CHUNK + HALO])[0]      # (frames, 224), context included
+        frames = front_end(wave[None, first:start + CHUNK + HALO], tuning)[0]              # (frames, 224) with context
         last = start + CHUNK >= len(wave)                                  # one frame more: that of the end
         frames = frames[(start - first) // HOP:][:CHUNK // HOP + last]
         output.append((frames * 255).round().to(torch.uint8))
@@ -381,7 +400,7 @@ def read_index(folder):
 
 def front_end_settings():
     """What the frames of a store depend on beside the music."""
-    return dict(format=3, sample_rate=SAMPLE_RATE, hop=HOP, fmin=FMIN, n_bins=N_BINS, bins_per_octave=BINS_PER_OCTAVE,
+    return dict(format=4, sample_rate=SAMPLE_RATE, hop=HOP, fmin=FMIN, n_bins=N_BINS, bins_per_octave=BINS_PER_OCTAVE,
                 n_fft=N_FFT, n_mels=N_MELS, dynamic_range=DYNAMIC_RANGE, mel_reference=MEL_REFERENCE)
 
 
@@ -718,7 +737,7 @@ MODES = {"major": ((6, -1, "2"), (3, 1, "3")),  # mixolydian, lydian
 EDGES = {"major": ("13", "24"), "minor": ("35", "46")}
 TIMBRES = ("strings", "clarinet", "organ", "flute", "brass", "pluck", "mallet", "epiano")
 SONG_SECONDS = 24
-SONGS_VERSION = 1  # one more when the songs change, so that data/synth is made anew
+SONGS_VERSION = 2  # one more when the songs change, so that data/synth is made anew
 # Song numbers of each part of the default set. The labels of train are used by probes only.
 SYNTH_SPLITS = {"train": range(0, 1024), "valid": range(1024, 1152), "test": range(1152, 1408)}
 
@@ -830,15 +849,14 @@ def compose(index):
     Keys: tonic 0..11, mode, key (0..23), signature (tonic of the major key with the same notes), instrument (index into
     TIMBRES of the melody), tempo (beats per minute), chords [(start, end, class)] in seconds, class = root + 12 * minor
     or 24 for none, beats [s], notes [(start, duration, MIDI pitch, velocity, part)], drums [(time, kind)]; and what
-    render needs beside the score: levels, tuning, equaliser, room, distortion, noise.
+    render needs beside the score: levels, tuning of each part, equaliser, room, distortion, noise.
     """
     rng = np.random.default_rng([0, index])
     song = arrangement(rng)
     return song | play(rng, song) | dict(
         colour=rng.uniform(0.7, 1.4, 5), levels=[1.5, *rng.uniform(0.3, 0.6, 4)], drum_level=0.2 * 15 ** rng.random(),
-        detune=max(-0.3, min(0.3, rng.normal(0, 0.1))), noise_seed=rng.integers(2 ** 31),
-        loudness=rng.uniform(-30, -14), swell=rng.uniform(0, 0.4), tilt=rng.uniform(-1.5, 1.5),
-        peaks=[(rng.uniform(150, 5000), rng.uniform(-5, 5)) for _ in range(3)],
+        detune=rng.normal(0, 0.15, 5), noise_seed=rng.integers(2 ** 31), loudness=rng.uniform(-30, -14),
+        tilt=rng.uniform(-1.5, 1.5),
         reverb=rng.uniform(0.1, 0.6) if rng.random() < 0.5 else 0.0,
         drive=rng.uniform(1, 4) if rng.random() < 0.2 else 0.0, noise=rng.uniform(-70, -30))
 
@@ -866,7 +884,7 @@ def render_note(timbre, pitch, seconds, colour, rng):
     """One note: (samples,) float32. Each timbre is built in its own way; `colour` > 1 is darker."""
     name, f = TIMBRES[timbre], 440 * 2 ** ((pitch - 69) / 12)
     t = np.arange(int(seconds * SAMPLE_RATE), dtype=np.float32) / SAMPLE_RATE
-    vibrato = {"strings": 0.006, "flute": 0.004}.get(name, 0) * np.sin(2 * np.pi * 5.5 * t) / 5.5
+    vibrato = {"strings": 0.03, "flute": 0.015}.get(name, 0) * np.sin(2 * np.pi * 5.5 * t) / (2 * np.pi * 5.5)
     phase = (2 * np.pi * f * (t + vibrato)).astype(np.float32)
     if name == "mallet":                                                  # a bar's modes are no multiples of each other
         modes = ((1, 1, 5), (3.93, 0.5, 14), (9.2, 0.25, 30))             # (ratio, amplitude, decay per second)
@@ -893,7 +911,7 @@ def add_notes(mix, song, rng):
         note = cache.get((part, pitch), ())
         if len(note) < int(duration * SAMPLE_RATE):
             colour = song["colour"][part]
-            note = render_note(song["timbres"][part], pitch + song["detune"], duration + 0.01, colour, rng)
+            note = render_note(song["timbres"][part], pitch + song["detune"][part], duration + 0.01, colour, rng)
             note /= np.sqrt(np.mean(note[:4000] ** 2)) + 1e-6
             cache[part, pitch] = note
         note = note[:len(place)] * np.float32(velocity * song["levels"][part])
@@ -924,8 +942,6 @@ def render(song):
     spectrum = np.fft.rfft(mix, 2 * len(mix))
     frequency = np.fft.rfftfreq(2 * len(mix), 1 / SAMPLE_RATE) + 1
     decibels = song["tilt"] * np.log2(frequency / 800)
-    for centre, gain in song["peaks"]:
-        decibels += gain * np.exp(-0.5 * (np.log2(frequency / centre) / 0.5) ** 2)
     spectrum *= 10 ** (np.clip(decibels, -30, 20) / 20)
     if song["reverb"]:
         t = np.arange(SAMPLE_RATE) / SAMPLE_RATE
@@ -933,7 +949,6 @@ def render(song):
         room[0] = 1
         spectrum *= np.fft.rfft(room, 2 * len(mix))
     mix = np.fft.irfft(spectrum)[:len(mix)]
-    mix *= 1 + song["swell"] * np.sin(2 * np.pi * np.arange(len(mix)) / len(mix) * 1.5)
     mix *= 10 ** (song["loudness"] / 20) / (mix.std() + 1e-6)
     mix += 10 ** (song["noise"] / 20) * rng.standard_normal(len(mix))
     return (mix / max(1, np.abs(mix).max())).astype(np.float32)

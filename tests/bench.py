@@ -316,7 +316,7 @@ def learn():
     script = Path(__file__).resolve().parent.parent / "train.py"
     for token in losses.PRETEXT:
         row = "sequence mean" if losses.PRETEXT[token](8).needs_sequence else token
-        column = "retrieval" if losses.PRETEXT[token](8).branch == "mel" else "key weighted @12.5 %"
+        column = "retrieval" if losses.PRETEXT[token](8).branch == "mel" else "key accuracy"
         with tempfile.TemporaryDirectory() as out:
             flags = ["--tokens", token, "--steps", "400", "--out", out]
             subprocess.run([sys.executable, script, *flags], check=True, capture_output=True)

@@ -312,13 +312,39 @@ def test_bad_input_is_one_line_that_names_the_file(tmp_path, name):
     assert name in message and "\n" not in message and len(message) > len(str(tmp_path / name)) + 20
 
 
+# ---------------------------------------------------------------- tuning
+
+
+def chord(cents):
+    """Four seconds of C major, `cents` above A4 = 440 Hz."""
+    t = torch.arange(4 * SAMPLE_RATE) / SAMPLE_RATE
+    partials = [(220 * 2 ** ((step + cents / 100) / 12) * h, h) for step in (3, 7, 10) for h in (1, 2, 3, 4, 6)]
+    return 0.1 * sum(torch.sin(2 * np.pi * frequency * t) / h for frequency, h in partials) + 0.01 * noise(len(t))
+
+
+@pytest.mark.parametrize("cents", [-45, -20, 0, 10, 40])
+def test_the_tuning_of_a_chord_is_found_within_two_cents(cents):
+    assert abs(100 * data.estimate_tuning(chord(cents)) - cents) < 2
+
+
+def test_silence_and_nothing_are_in_tune():
+    assert data.estimate_tuning(torch.zeros(9000)) == data.estimate_tuning(torch.zeros(0)) == 0
+
+
+@pytest.mark.parametrize("cents", [-30, 40])
+def test_the_cqt_of_a_recording_does_not_depend_on_its_tuning(front_end, cents):
+    tuned = [audio_to_frames(chord(c), front_end)[20:-20, :N_BINS].mean(0) for c in (0, cents)]
+    fixed = [255 * front_end(chord(c)[None])[0, 20:-20, :N_BINS].numpy().mean(0) for c in (0, cents)]
+    assert np.abs(tuned[0] - tuned[1]).max() < 6 and np.abs(fixed[0] - fixed[1]).max() > 12
+
+
 # ---------------------------------------------------------------- chunks
 
 
 @pytest.mark.parametrize("seconds", [0.5, 2.0, 2.048, 9.3, 14.336])
 def test_cutting_into_chunks_leaves_no_trace(front_end, monkeypatch, seconds):
     wave = music(5, seconds=24)[:round(seconds * SAMPLE_RATE)]
-    whole = (front_end(wave[None])[0] * 255).round()
+    whole = (front_end(wave[None], data.estimate_tuning(wave))[0] * 255).round()
     monkeypatch.setattr(data, "CHUNK", 64 * HOP)               # 2.048 s
     frames = audio_to_frames(wave, front_end)
     assert frames.dtype == np.uint8 and frames.shape == (1 + len(wave) // HOP, 224)

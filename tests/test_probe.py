@@ -700,7 +700,7 @@ def test_table_of_the_embedded_songs_finds_what_is_planted(tmp_path, monkeypatch
     rows = json.loads(Path("probe-synth.json").read_text())["rows"]
     raw = {column: cell["mean"] for column, cell in rows["raw"].items()}
     assert raw["instrument accuracy"] > 0.95 and raw["chords overlap (pooled)"] > 0.8 and raw["key accuracy"] < 0.7
-    assert "retrieval" in raw and "instrument accuracy @12.5 %" in raw
+    assert "retrieval" in raw
     assert set(rows["untrained skey zero-shot"]) == {"key signature", "key accuracy"}
 
 

@@ -277,7 +277,7 @@ def test_what_mae_predicts_is_what_the_trunk_would_have_been_given(patch, store)
 
 def test_mae_learns_more_than_the_mean(store, tmp_path, monkeypatch):
     """A prediction of 0 has a loss of 1."""
-    run(monkeypatch, "--tokens", "mae", "--data", store, "--batch-size", 4, "--steps", 20, "--lr", 0.01, "--log-every", 1, "--out", tmp_path / "run")
+    run(monkeypatch, "--tokens", "mae", "--data", store, "--batch-size", 4, "--steps", 40, "--lr", 0.01, "--log-every", 1, "--out", tmp_path / "run")
     found = [json.loads(line)["mae"] for line in open(tmp_path / "run" / "log.jsonl")]
     assert found[0] > 1 and max(found[-3:]) < 0.8
 
