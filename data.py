@@ -16,8 +16,8 @@ several notes at once. To transpose music is to move all notes by one number of 
 transform) has one bin a semitone, so transposed music is the same image some rows higher. The mel spectrogram has the
 ear's frequency scale and shows timbre.
 
-Every recording is decoded once, transformed into both on one time grid (31.25 frames a second), and kept in a memory
-map, the frame store:
+Every recording is decoded once, transformed into both on one time grid (31.25 frames a second), the CQT tuned as the
+recording is (its A4 may not be at 440 Hz), and kept in a memory map, the frame store:
 
     data/NAME/frames.bin    uint8 (frames, 224): columns 0..95 the CQT (one a semitone), 96..223 the mel bands
     data/NAME/index.jsonl   one line a track, in sorted order: path and number of frames, or why it was skipped
