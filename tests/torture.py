@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -314,13 +315,14 @@ def soak(folder, steps=1000):
     prepare, train, _ = jobs(folder, music, steps)
     finish(prepare.start())
     job, log, memory = train.start(), folder / "run" / "log.jsonl", {}
-    while job.poll() is None:
+    ended = ThreadPoolExecutor(1).submit(finish, job)  # reads the progress bar: a full pipe would stop the run
+    while not ended.done():
         step = log.read_bytes().count(b"\n") if log.exists() else 0
         for mark in (100, steps // 2, steps - 10):
             if step >= mark and mark not in memory:
                 memory[mark] = status("VmRSS", job.pid) / 2 ** 20
         time.sleep(0.02)
-    code = finish(job)[0]
+    code = ended.result()[0]
     growth = max(memory.values(), default=0) - memory.get(100, 0)
     bad = code != 0 or len(memory) < 3 or growth > 20
     marks = ", ".join(f"{mb:.0f} MB at step {mark}" for mark, mb in memory.items())
