@@ -855,8 +855,8 @@ def compose(index):
     song = arrangement(rng)
     return song | play(rng, song) | dict(
         colour=rng.uniform(0.7, 1.4, 5), levels=[1.5, *rng.uniform(0.3, 0.6, 4)], drum_level=0.2 * 15 ** rng.random(),
-        detune=rng.normal(0, 0.15, 5), noise_seed=rng.integers(2 ** 31), loudness=rng.uniform(-30, -14),
-        tilt=rng.uniform(-1.5, 1.5),
+        detune=rng.normal(0, 0.15, 5),                                    # semitones: no band is quite in tune
+        noise_seed=rng.integers(2 ** 31), loudness=rng.uniform(-30, -14), tilt=rng.uniform(-1.5, 1.5),
         reverb=rng.uniform(0.1, 0.6) if rng.random() < 0.5 else 0.0,
         drive=rng.uniform(1, 4) if rng.random() < 0.2 else 0.0, noise=rng.uniform(-70, -30))
 
