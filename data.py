@@ -737,7 +737,7 @@ MODES = {"major": ((6, -1, "2"), (3, 1, "3")),  # mixolydian, lydian
 EDGES = {"major": ("13", "24"), "minor": ("35", "46")}
 TIMBRES = ("strings", "clarinet", "organ", "flute", "brass", "pluck", "mallet", "epiano")
 SONG_SECONDS = 24
-SONGS_VERSION = 2  # one more when the songs change, so that data/synth is made anew
+SONGS_VERSION = 3  # one more when the songs change, so that data/synth is made anew
 # Song numbers of each part of the default set. The labels of train are used by probes only.
 SYNTH_SPLITS = {"train": range(0, 1024), "valid": range(1024, 1152), "test": range(1152, 1408)}
 
@@ -937,20 +937,20 @@ def render(song):
     add_notes(mix, song, rng)
     add_drums(mix, song, rng)
     if song["drive"]:
-        mix = np.tanh(song["drive"] * mix / (3 * mix.std() + 1e-6))
-    # The equaliser and the room are filters: products of spectra, twice as long against wrap-around.
-    spectrum = np.fft.rfft(mix, 2 * len(mix))
-    frequency = np.fft.rfftfreq(2 * len(mix), 1 / SAMPLE_RATE) + 1
-    decibels = song["tilt"] * np.log2(frequency / 800)
-    spectrum *= 10 ** (np.clip(decibels, -30, 20) / 20)
+        mix = np.tanh(song["drive"] * mix / (3 * mix.std()))
+    # The equaliser and the room are filters: products of spectra, a second longer than the song against wrap-around.
+    n, draw = len(mix) + SAMPLE_RATE, partial(rng.standard_normal, dtype=np.float32)
+    spectrum = np.fft.rfft(mix, n)
+    octaves = np.log2(np.arange(1, n // 2 + 2, dtype=np.float32) * SAMPLE_RATE / n / 800)      # from 800 Hz
+    spectrum *= 10 ** (song["tilt"] * octaves / 20)
     if song["reverb"]:
-        t = np.arange(SAMPLE_RATE) / SAMPLE_RATE
-        room = song["reverb"] * 0.03 * rng.standard_normal(len(t)) * np.exp(-t * 7)
+        t = np.arange(SAMPLE_RATE, dtype=np.float32) / SAMPLE_RATE
+        room = 0.03 * song["reverb"] * draw(len(t)) * np.exp(-7 * t)
         room[0] = 1
-        spectrum *= np.fft.rfft(room, 2 * len(mix))
+        spectrum *= np.fft.rfft(room, n)
     mix = np.fft.irfft(spectrum)[:len(mix)]
-    mix *= 10 ** (song["loudness"] / 20) / (mix.std() + 1e-6)
-    mix += 10 ** (song["noise"] / 20) * rng.standard_normal(len(mix))
+    mix *= 10 ** (song["loudness"] / 20) / mix.std()
+    mix += 10 ** (song["noise"] / 20) * draw(len(mix))
     return (mix / max(1, np.abs(mix).max())).astype(np.float32)
 
 

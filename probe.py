@@ -14,8 +14,7 @@
 
 Pipeline: a task is tracks with labels; a label belongs to a track (its genre) or to its frames (chords, beats). Items
 are 4 s windows (or frames), each with the features of a frozen network. `fit` trains a linear layer on items, a Target
-turns the outputs on the items of a track into one row per track, and metrics take these rows. Every command that ends
-in a table follows this path.
+turns the outputs on the items of a track into one row per track, and metrics take these rows.
 
 Protocol `linear`. Windows do not overlap; a rest under 4 s is dropped unless it is all there is; nothing is padded.
 Tracks are split before anything else. Adam, rate 1e-3, batch 128, at most 50 x 128 steps (CoJEPA); features
@@ -42,8 +41,7 @@ Rows:
     chosen on validation; untrained, chosen    in each seed the row with the best validation metric
     chance             all outputs are the mean target of the training items (the most frequent class; no beat)
 
-`--layers` adds the rows of inner layers, through the network's final norm as in DINO. Only improvements over both
-baselines, raw and untrained, count: pooled spectrograms are strong features for a linear layer.
+`--layers` adds inner layers, through the final norm as in DINO. Only what is above both raw and untrained counts.
 """
 import argparse
 import hashlib
@@ -579,18 +577,21 @@ def tokens_of_frames(sequence, size, frames):
 
 
 def network_rows(model, cqt, mel, layers, per_frame):
-    """{row: (n, dim)} of windows, or {row: (n, frames, dim)} per frame; several patch sizes are concatenated."""
-    rows, first = {}, model.class_token_count
+    """{row: (n, dim)} of windows, or {row: (n, frames, dim)} per frame; also each patch size alone, if several."""
+    rows, first, depth = {}, model.class_token_count, len(model.blocks)
     for patch, size in enumerate(model.patches):
         with autocast(cqt.device):
             inside = model(cqt, mel, layers=layers, patch_index=patch)[1]  # {layer: (n, tokens + sequence, dim)}
         for layer, x in inside.items():
-            x = x.float() if layer == model.config["depth"] else model.norm(x.float())  # the final norm, as in DINO
+            x = x.float() if layer == depth else model.norm(x.float())     # the final norm, as in DINO
             sequence = x[:, first:]
             found = {"sequence": tokens_of_frames(sequence, size, cqt.shape[1])} if per_frame else \
                 readouts(model.tokens, x[:, :first], sequence)
             for name, value in found.items():
-                rows.setdefault(name if layers == [len(model.blocks)] else f"{name} L{layer}", []).append(value)
+                title = name if layers == [depth] else f"{name} L{layer}"
+                rows.setdefault(title, []).append(value)
+                if model.patches[1:]:
+                    rows[f"{title} {size[0]}x{size[1]}"] = [value]
     return {name: torch.cat(parts, dim=-1) for name, parts in rows.items()}
 
 
@@ -889,10 +890,10 @@ class Beats(Target):
     Frames within one and a half frames of a beat are positive. Frames count from one beat period before the first
     beat to one after the last, as an intro without music has no beats. The threshold is selected on validation.
     """
-    per_frame, settings, names = True, tuple(np.arange(1, 20) / 20), ("beat",)
+    per_frame, settings, names = True, np.arange(1, 20) / 20, ("beat",)
     loss = staticmethod(F.binary_cross_entropy_with_logits)
     metrics = {"F": lambda c, _: float(f_measure(c).mean()),
-               "F (pooled)": lambda c, _: float(f_measure(c.sum(axis=0, keepdims=True))[0])}
+               "F (pooled)": lambda c, _: f_measure(c.sum(axis=0)[None]).item()}
 
     def __init__(self, labels, items):
         self.items, self.truth, self.beats, y = items, np.zeros(len(labels)), [], []
@@ -1068,13 +1069,13 @@ def chance(x, target, train, test):
     return predict(lambda x: mean.expand(len(x), -1), x, target, test, target.settings[-1])
 
 
-def label_share(x, target, splits, share, configs):
-    """{column: cell} of a row that is trained on a share of the training labels, another draw in each split."""
-    scores = []
-    for seed, (train, valid, test) in enumerate(splits):
-        part = labelled_part(target, train, share, seed)
-        scores.append(score(target, fit_split(x, target, (part, valid, test), seed, **configs[seed])[1], test))
-    return {f"{next(iter(target.metrics))} @{100 * share:g} %": mean_of(scores)}
+def fit_splits(x, target, splits, share, configs):
+    """Every split, on a share of its training labels: (validation scores, rows of the test tracks)."""
+    found = []
+    for seed, (train, *rest) in enumerate(splits):
+        split = labelled_part(target, train, share, seed), *rest
+        found.append(fit_split(x, target, split, seed, **configs[seed]))
+    return tuple(zip(*found))
 
 
 # ---------------------------------------------------------------- from items to a table
@@ -1129,15 +1130,16 @@ def probe_rows(rows, target, splits, grid=False, shares=(), **config):
             configs = [choose(x, target, train, valid) for train, valid, _ in different]
             remarks += [f"{name}: {config}" for config in configs]
             configs *= len(splits) // len(different)
-        runs[name] = [fit_split(x, target, split, seed, **configs[seed]) for seed, split in enumerate(splits)]
-        table[name] = cells([predicted for _, predicted in runs[name]])
+        runs[name] = fit_splits(x, target, splits, 1, configs)
+        table[name] = cells(runs[name][1])
         for share in shares:
-            table[name] |= label_share(x, target, splits, share, configs)
+            metric, cell = next(iter(cells(fit_splits(x, target, splits, share, configs)[1]).items()))
+            table[name][f"{metric} @{100 * share:g} %"] = cell
     for title, chosen in (("chosen on validation", [n for n in runs if not n.startswith(("raw", "untrained "))]),
                           ("untrained, chosen", [n for n in runs if n.startswith("untrained ")])):
         if len(chosen) > 1:
-            best = [max(chosen, key=lambda name: runs[name][seed][0]) for seed in range(len(splits))]
-            table[title] = cells([runs[name][seed][1] for seed, name in enumerate(best)])
+            best = [max(chosen, key=lambda name: runs[name][0][seed]) for seed in range(len(splits))]
+            table[title] = cells([runs[name][1][seed] for seed, name in enumerate(best)])
             remarks.append(f"{title}: {', '.join(best)}")
     table["chance"] = cells([chance(x, target, train, test) for train, _, test in splits])
     return table, remarks
@@ -1273,7 +1275,7 @@ def class_attention(model, songs, device):
     first, found = model.class_token_count, []
     for _, batch in batches_of(windows_of(songs)[2]):                      # of one length: they come in order
         inside = model(*views_of(batch, device), layers=range(len(model.blocks)))[1]    # inputs of each block
-        weights = [block.attention(inside[i])[:, :, :first, first:] for i, block in enumerate(model.blocks)]
+        weights = [block.attention(inside[i])[0][..., :first, first:] for i, block in enumerate(model.blocks)]
         found.append(torch.stack(weights, dim=1).transpose(2, 3).cpu())    # (n, layers, tokens, heads, 126)
     return torch.cat(found)
 
@@ -1282,7 +1284,7 @@ def onset_windows(songs):
     """Spectral flux of every whole window, (windows, 126): mean rise of the mel from the frame before, in dB."""
     fluxes = []
     for frames in songs:
-        mel = frames[:, N_BINS:].astype(np.float32) * (DYNAMIC_RANGE / 255)              # (frames, 128) dB
+        mel = frames[:, N_BINS:].astype(np.float32) * DYNAMIC_RANGE / 255                # (frames, 128) dB
         fluxes.append(np.diff(mel, axis=0, prepend=mel[:1]).clip(min=0).mean(axis=1))    # (frames,)
     return torch.from_numpy(np.stack(windows_of(fluxes)[2]))
 
@@ -1454,7 +1456,7 @@ def open_features(path, tracks, per_frame):
     owner = np.array([number.get(str(name), -1) for name in names])        # -1: not in the task
     order = np.lexsort((seconds, owner))                                   # by track, then by time
     order = order[owner[order] >= 0]
-    if len(order) == 0:
+    if not len(order):
         raise InputError(f"{path}: none of its tracks ({names[0]}, ...) is in the task ({tracks[0].name}, ...)")
     found, owner = np.unique(owner[order], return_inverse=True)
     return Items({"features": features[order]}, owner, seconds[order]), [tracks[i] for i in found]
@@ -1589,11 +1591,9 @@ def print_key(args):
 def score_keys(args, path, model):
     """Table of zero-shot keys against those of a CSV: the network, the untrained one and the template."""
     store = prepare_folders(args.songs)
-    labels, truth = read_labels(args.keys, "key", store.paths), {}
-    for i, name in enumerate(store.paths):
-        key = parse_key(labels.get(name, ""))
-        if key is not None:
-            truth[i] = key
+    labels = read_labels(args.keys, "key", store.paths)
+    keys = [parse_key(labels.get(name, "")) for name in store.paths]
+    truth = {i: key for i, key in enumerate(keys) if key is not None}
     if not truth:
         raise InputError(f"{args.keys}: no row has a single key (F# minor) of a file below {' '.join(args.songs)}")
     table = zero_shot(model, [store.track(i) for i in truth], args.device, list(truth.values()))
@@ -1644,7 +1644,7 @@ def print_show(args):
     first = max(0, len(weights) // 2 - 2)
     weights = weights[first:first + 4]                                               # (4, layers, tokens, 126)
     begin, end = first * SEGMENT, (first + len(weights)) * SEGMENT
-    level = frames[begin:end].T * (DYNAMIC_RANGE / 255) - DYNAMIC_RANGE              # (224, frames)
+    level = frames[begin:end].T * DYNAMIC_RANGE / 255 - DYNAMIC_RANGE                # (224, frames)
     near = [("CQT, dB: one bin a semitone, a view has 84 of 96 bins", level[:N_BINS], ()),
             ("mel spectrogram, dB: never cropped", level[N_BINS:], ())]
     for t, name in enumerate(model.tokens):

@@ -12,10 +12,12 @@ import curves
 import data
 import duplicates
 import emergence
+import labels
 import losses
 import model
 import probe
 import publish
+import reconstruction
 import train
 
 
@@ -201,3 +203,25 @@ def test_emergence_has_rows_for_each_token_and_layer(song_folder, tmp_path, monk
     assert len(distance) == 1 + 6 * 2 and {"raw CQT mean", "cpsd L0", "untrained sequence mean L1"} <= distance.keys()
     assert all(0 < row["d"]["mean"] < 2 and len(row["d"]["scores"]) == emergence.HEADS for row in distance.values())
     assert not emergence.read_music(song_folder)[1]
+
+
+@pytest.mark.parametrize("patch", ["1", "16x16"])
+def test_a_reconstruction_keeps_what_was_kept_and_predicts_the_rest(patch):
+    """A decoder that predicts 0 gives each frame or patch its own mean; the whole patches of the mel come back in place."""
+    net = model.MT2(["mae"], dim=24, depth=1, heads=2, patch=patch).eval()
+    torch.nn.init.zeros_(net.tasks["mae"].heads[0].weight)
+    frames = torch.randint(0, 256, (126, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    whole, kept, predicted = reconstruction.reconstruct(net, frames, 0.75)
+    n = 126 if patch == "1" else 112                                       # seven whole patches
+    assert torch.allclose(whole, frames[:n, data.N_BINS:].float() / 255)
+    seen = ~kept.isnan()
+    assert torch.equal(kept[seen], whole[seen]) and torch.equal(predicted[seen], whole[seen])
+    assert seen.float().mean().item() == pytest.approx(0.25, abs=0.01)
+    cells = (n // (1 if patch == "1" else 16), -1) if patch == "1" else (7, 16, 8, 16)
+    means = lambda x: x.reshape(cells).mean(dim=-1 if patch == "1" else (1, 3))
+    assert torch.allclose(means(predicted), means(whole), atol=1e-5)
+
+
+def test_label_curves_are_the_first_metric_by_share():
+    row = {"accuracy": 4, "class mean": 9, "accuracy @10 %": 2, "accuracy @2 %": 1, "class mean @10 %": 9}
+    assert labels.curve(row) == [(2.0, 1), (10.0, 2), (100.0, 4)]

@@ -1,4 +1,5 @@
 """The transformer: sizes, class tokens, masking, layers and checkpoints."""
+import math
 import pickle
 import re
 
@@ -45,7 +46,7 @@ def parameter_count(tokens, dim, depth, frames=SEGMENT, patch="1", pool="token",
     sizes = parse_patch(patch)
     bins = [{"cqt": CROP_BINS, "mel": N_MELS}[name] for name in inputs.split(",")]
     tokenisers = (sum(2 * n + n * dim + dim for n in bins) + frames * dim if sizes == [None]
-                  else sum((bands * width + 1) * dim for bands, width in sizes))
+                  else sum(2 * n + n * dim + 3 * dim for n in map(math.prod, sizes)))
     heads = sum(p.numel() for name in tokens for p in PRETEXT[name](dim).parameters())
     return depth * block + tokenisers + (len(tokens) * dim if pool == "token" else 0) + 2 * dim + heads
 

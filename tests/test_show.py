@@ -78,10 +78,10 @@ def test_a_network_without_class_tokens_has_a_sequence_of_both_patch_sizes(excer
 def test_attention_is_what_the_block_uses():
     """Weights times values, projected, are the block's own attention output."""
     block, x = network(heads=3).blocks[1], torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
-    weights = block.attention(x)
+    weights, v = block.attention(x)
     assert weights.shape == (2, 3, 9, 9)
     same(weights.sum(dim=-1), torch.ones(2, 3, 9))
-    after = x + block.out((weights @ block.project(x)[2]).transpose(1, 2).reshape(2, 9, 24))
+    after = x + block.out((weights @ v).transpose(1, 2).reshape(2, 9, 24))
     same(after + block.mlp(block.norm2(after)), block(x))
 
 
@@ -93,7 +93,7 @@ def test_attention_of_tracks_is_that_of_their_windows():
         with torch.no_grad():
             inside = net(*probe.views_of(torch.from_numpy(window)[None], "cpu"), layers=[0, 1])[1]
             for layer, block in enumerate(net.blocks):                     # (heads, tokens, 126) of the class tokens
-                same(found[i, layer], block.attention(inside[layer])[0, :, :3, 3:].transpose(0, 1))
+                same(found[i, layer], block.attention(inside[layer])[0][0, :, :3, 3:].transpose(0, 1))
 
 
 def test_onsets_are_rises_of_the_mel():

@@ -13,9 +13,9 @@ from conftest import wave_of
 from data import HOP, SAMPLE_RATE, SCALES, SONG_SECONDS, TIMBRES, FrameStore, InputError, compose, prepare_folders, render
 
 FILES = ("frames.bin", "index.jsonl", "store.json")
-LOUDNESS = {0: [0.06007, 0.05795, 0.05518, 0.05262, 0.06772, 0.06754],
-            1: [0.06022, 0.05032, 0.04434, 0.05486, 0.04423, 0.05308],
-            2: [0.15659, 0.15544, 0.15075, 0.12774, 0.11736, 0.12351]}  # by number of the song
+LOUDNESS = {0: [0.06008, 0.05795, 0.05518, 0.05262, 0.06772, 0.06754],
+            1: [0.05981, 0.05024, 0.04445, 0.05462, 0.04451, 0.05372],
+            2: [0.15658, 0.15545, 0.15075, 0.12778, 0.11735, 0.12351]}  # by number of the song
 
 
 @pytest.fixture
@@ -359,7 +359,7 @@ def test_render_is_pure_finite_in_range_and_of_the_right_length():
 
 def test_songs_of_this_version_sound_as_they_did():
     """Loudness of every fourth second of three songs. If you change the songs: count SONGS_VERSION up, and set these anew."""
-    assert data.SONGS_VERSION == 2
+    assert data.SONGS_VERSION == 3
     for number, expected in LOUDNESS.items():
         found = wave_of(number).reshape(SONG_SECONDS, -1).std(axis=1)[::4]
         assert found == pytest.approx(expected, rel=1e-3), number
