@@ -1,6 +1,6 @@
 """Speed, as ratios within one run: python tests/bench.py (about five minutes on two cores; not part of the test suite).
 
-python tests/bench.py learn: does each token learn (half an hour)?
+python tests/bench.py learn: does each token learn (half an hour)? Or the name of any other part: costs, preparation ...
 """
 import contextlib
 import io
@@ -118,14 +118,19 @@ def preparation():
         transform = seconds(lambda: data.audio_to_frames(torch.from_numpy(song), front_end))
         whole = seconds(lambda: data.audio_to_frames(data.read_audio(path), front_end))
         torch.set_num_threads(threads)
-        for copy in range(15):
-            shutil.copy(path, path.with_stem(f"song-{copy}"))
-        start = time.perf_counter()
-        quietly(data.prepare_folders, [folder], f"{folder}/store")
-        together = 16 * 180 / (time.perf_counter() - start)
+        together = []
+        for files in (4, 16, 64):
+            music = Path(folder) / str(files)
+            music.mkdir()
+            for copy in range(files):
+                shutil.copy(path, music / f"song-{copy}.ogg")
+            start = time.perf_counter()
+            quietly(data.prepare_folders, [music], music / "store")
+            taken, size = time.perf_counter() - start, (music / "store" / "frames.bin").stat().st_size
+            together.append(f"{files * 180 / 3600:.1f} h in {taken:.1f} s, {size / 1e6:.1f} MB")
     for name, value in (("decode", decode), ("resample", resample), ("transform", transform), ("all", whole)):
         print(f"  {name:12}{180 / value:8.0f} x real time")
-    print(f"  python data.py, 16 of them on all cores: {together:.0f} x real time")
+    print(f"  python data.py, 4, 16, 64 of them on all cores: {'; '.join(together)}")
 
 
 def describe(folder, paths, frames):
@@ -300,6 +305,27 @@ def training_step():
                   f"the front end of as much audio would take {100 * front / step:.0f} %")
 
 
+def costs():
+    """A step on the processor over batch and size beside the operations by formula; the paper's run, predicted."""
+    print("\ntraining step, cpsd,ntxent, mask 0.75, over batch and dim x depth; operations by formula")
+    with tempfile.TemporaryDirectory() as folder:
+        store = random_store(Path(folder), 2)
+        for dim, depth, heads, batch in ((128, 4, 2, 32), (128, 4, 2, 64), (128, 4, 2, 128), (128, 4, 2, 256),
+                                         (128, 4, 2, 512), (128, 12, 2, 128), (192, 4, 3, 128), (192, 12, 3, 128)):
+            network, steps = MT2(dim=dim, depth=depth, heads=heads), count()
+            train_one, _ = our_step(network, data.Segments([store], batch), 0.75, torch.device("cpu"))
+            taken, flops = seconds(lambda: train_one(next(steps)), 2), step_flops(network, batch, 0.75, 3)
+            print(f"  {dim} x {depth}, batch {batch}: {1000 * taken:.0f} ms, {flops / 1e9:.0f} GFLOP, "
+                  f"{flops / taken / 1e9:.0f} GFLOP/s", flush=True)
+    mt2 = PRESETS["mt2"]
+    network = MT2(dim=mt2["dim"], depth=mt2["depth"], heads=mt2["heads"])
+    flops = step_flops(network, mt2["batch_size"], mt2["mask"], 3)
+    print(f"  mt2: {flops / 1e9:.0f} GFLOP a step; {mt2['steps']} steps, PREDICTED as operations / (peak x utilisation):")
+    for name, peak in PEAK_FLOPS.items():
+        hours = [flops * mt2["steps"] / peak / share / 3600 for share in (0.05, 0.2)]
+        print(f"    {name}: {hours[0]:.1f} h at 5 %, {hours[1]:.1f} h at 20 % of its peak")
+
+
 def grid():
     """The grid search of one row."""
     print("\n216-point grid, 443 + 197 tracks, 960 dimensions, 10 classes")
@@ -329,13 +355,13 @@ def learn():
 
 
 def main():
-    if sys.argv[1:] == ["learn"]:
-        return learn()
+    parts = (front_ends, preparation, scale, features, training_step, costs, grid)
+    chosen = [part for part in (*parts, learn) if part.__name__ in sys.argv[1:]]
     cpuinfo = Path("/proc/cpuinfo")
     found = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     processor = next(iter(found), platform.processor())
     print(f"torch {torch.__version__}, numpy {np.__version__}, {processor}, {torch.get_num_threads()} threads\n")
-    for part in (front_ends, preparation, scale, features, training_step, grid):
+    for part in chosen or parts:
         part()
 
 
