@@ -1193,7 +1193,7 @@ def print_comparison(args):
 
 
 @cache
-def known_songs(count=8):
+def known_songs(count=32):
     """Synthetic songs whose key is known: [(frames, 224) uint8], [tonic of the major key with their signature]."""
     songs, front_end = [compose(i) for i in range(count)], FrontEnd()
     waves = [torch.from_numpy(render(song)) for song in songs]
@@ -1224,9 +1224,9 @@ def key_outputs(model, tracks, device, crops=range(0, MAX_CROP + 1, 3)):
 
 
 def calibrate(model, device):
-    """The class of C major: CPSD leaves one rotation of the circle open, and a few songs of known key determine it.
+    """The class of C major: CPSD leaves one rotation of the circle open, and songs of known key determine it.
 
-    (STONE has one synthetic clip, a pitch fork; a network that is right on most songs can be wrong on it.)
+    (STONE: one clip, a pitch fork. A network may be a fifth off on a third of all songs: eight are too few.)
     """
     frames, signatures = known_songs()
     keys = key_outputs(model, frames, device, [PITCH_CROP]).unflatten(-1, (-1, 12)).sum(dim=1)     # (songs, 12)
