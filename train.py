@@ -380,7 +380,7 @@ def parse_args(argv=None):
     add("--inputs", choices=("cqt,mel", "mel", "cqt"), help="spectrograms of the trunk; patches are of the mel alone")
     add("--lr", type=float, help="peak learning rate")
     add = parser.add_argument_group("running").add_argument
-    add("--weights", type=numbers, help="weight of each loss, as 1,0.3; CPSD is a mean over pairs (STONE: a sum); default: 1")
+    add("--weights", type=numbers, help="weight of each loss, as 1,0.3 (CPSD: a mean of pairs, not a sum); default: 1")
     add("--seed", type=int, default=0, help="of initial weights, batches, crops and masks; default: %(default)s")
     add("--device", help="cuda, mps or cpu; default: the best there is")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU only")
