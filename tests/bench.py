@@ -309,7 +309,7 @@ def costs():
     """A step on the processor over batch and size beside the operations by formula; the paper's run, predicted."""
     print("\ntraining step, cpsd,ntxent, mask 0.75, over batch and dim x depth; operations by formula")
     with tempfile.TemporaryDirectory() as folder:
-        store = random_store(Path(folder), 2)
+        store = random_store(Path(folder), 6)
         for dim, depth, heads, batch in ((128, 4, 2, 32), (128, 4, 2, 64), (128, 4, 2, 128), (128, 4, 2, 256),
                                          (128, 4, 2, 512), (128, 12, 2, 128), (192, 4, 3, 128), (192, 12, 3, 128)):
             network, steps = MT2(dim=dim, depth=depth, heads=heads), count()
