@@ -35,7 +35,7 @@ class Block(nn.Module):
     def attention(self, x):
         """Attention weights (batch, heads, tokens, tokens), rows sum to 1; values (batch, heads, tokens, dim / heads).
 
-        Not F.scaled_dot_product_attention, whose backward pass in bf16 is seven times as slow on a CPU.
+        Not F.scaled_dot_product_attention: forward and backward, it takes seven times as long in bf16 on a CPU.
         """
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1), v
@@ -109,7 +109,7 @@ class MT2(nn.Module):
             sizes, last = {name: bins[name] for name in self.inputs}, nn.GELU
             # Learned positions for frames only: the position of a class token would be part of its vector.
             self.positions = nn.Parameter(torch.empty(frames, dim))
-        else:  # Myna (its code); positions are fixed
+        else:  # Myna's code: LayerNorm on both sides of the linear layer, fixed positions
             sizes = {f"{bands}x{width}": bands * width for bands, width in self.patches}
             last = lambda: nn.LayerNorm(dim)
         tokeniser = lambda size: nn.Sequential(nn.LayerNorm(size), nn.Linear(size, dim), last())

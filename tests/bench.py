@@ -357,6 +357,8 @@ def learn():
 def main():
     parts = (front_ends, preparation, scale, features, training_step, costs, grid)
     chosen = [part for part in (*parts, learn) if part.__name__ in sys.argv[1:]]
+    if len(chosen) < len(sys.argv) - 1:
+        sys.exit(f"give none or some of {', '.join(part.__name__ for part in (*parts, learn))}")
     cpuinfo = Path("/proc/cpuinfo")
     found = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     processor = next(iter(found), platform.processor())

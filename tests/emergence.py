@@ -70,7 +70,7 @@ def attention_on_frames(model, songs, device):
     for _, windows in probe.batches_of(probe.windows_of(songs)[2]):
         inside, rows = model(*probe.views_of(windows, device), layers=range(len(model.blocks)))[1], []
         for layer, block in enumerate(model.blocks):
-            weights = block.attention(inside[layer])[0][..., first:].mean(dim=1)                  # (n, tokens + 126, 126)
+            weights = block.attention(inside[layer])[0][..., first:].mean(dim=1)               # (n, tokens + 126, 126)
             rows.append(torch.cat([weights[:, :first], weights[:, first:].mean(dim=1, keepdim=True)], dim=1))
         found.append(torch.stack(rows, dim=1).cpu())
     return torch.cat(found)

@@ -1,7 +1,7 @@
 """Label efficiency as a figure: a probe's score over the share of the training labels it was given.
 
-    python probe.py csv --data soundtracks.csv --label soundtrack --group track --labels 0.02,0.05,0.1,0.25,0.5
-    python tests/labels.py out/mt2/probe-csv-soundtracks-soundtrack.json --rows ntxent raw --out labels.png
+    python probe.py folders --data soundtracks --labels 0.1,0.25,0.5
+    python tests/labels.py out/probe-folders-soundtracks-class.json --rows ntxent "untrained ntxent" raw
 
 Line: mean over splits or seeds; band: 95 % bootstrap interval over test tracks.
 """
