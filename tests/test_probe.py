@@ -591,6 +591,14 @@ def test_calibration_finds_the_class_of_c_major(turn):
     assert len(songs) == 32 and right.mean() >= 0.75
 
 
+def test_calibration_follows_most_songs(monkeypatch):
+    """A network that is a fifth off on the first ten songs, 31 % of them, is calibrated by the others."""
+    signatures = torch.tensor(probe.known_songs()[1])
+    off = torch.where(torch.arange(len(signatures)) < 10, 7, 0)
+    monkeypatch.setattr(probe, "key_outputs", lambda *_: F.one_hot((signatures + 2 + off) % 12, 12).float())
+    assert probe.calibrate(None, "cpu") == 2
+
+
 def test_outputs_of_five_crops_are_transposed_back():
     """A higher crop shows lower music: four crops that agree outweigh the one that errs."""
 
