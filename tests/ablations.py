@@ -6,7 +6,8 @@
     python tests/ablations.py mixing                         half of the pieces have another one in the background
     python tests/ablations.py batch-norm --tokens skey       batch norm before the softmax of the 24 keys (STONE-24, S-KEY)
     python tests/ablations.py three-term                     CPSD with the pair at equal pitch too, STONE's three terms
-    python tests/ablations.py omega7                         CPSD on the circle of fifths alone; semitones alone: cpsd1
+    python tests/ablations.py omega7                         CPSD on the circle of fifths alone; omega1: of semitones
+    python tests/ablations.py plain-init+omega7+three-term   several changes
     python tests/ablations.py labels=0.1 --tokens tone --labels-csv keys.csv --data pop909       a tenth of the labels
     python tests/ablations.py one-hot=0.1 --tokens tone --labels-csv keys.csv --data pop909      in Semi-TONE's form
     python tests/ablations.py hours=4 --data synth music     4 hours of the music, whole tracks in random order
@@ -88,9 +89,9 @@ def three_term():
     losses.TRANSPOSED_PAIRS.insert(0, (0, 1))
 
 
-def omega7():
+def one_circle(omega):
     for name in ("cpsd", "skey", "tone"):
-        losses.PRETEXT[name] = partial(losses.PRETEXT[name], omegas=(7,))
+        losses.PRETEXT[name] = partial(losses.PRETEXT[name], omegas=(omega,))
 
 
 def labels(share):
@@ -147,12 +148,13 @@ def hours(limit):
 
 
 CHANGES = {"mel-kept": mel_kept, "plain-init": plain_init, "jitter": lambda: change_frames(jitter),
-           "mixing": lambda: change_frames(mixing), "batch-norm": batch_norm, "three-term": three_term, "omega7": omega7,
-           "hours": hours, "labels": labels, "one-hot": one_hot}
+           "mixing": lambda: change_frames(mixing), "batch-norm": batch_norm, "three-term": three_term,
+           "omega7": partial(one_circle, 7), "omega1": partial(one_circle, 1), "hours": hours, "labels": labels, "one-hot": one_hot}
 
 if __name__ == "__main__":
-    choice, *value = sys.argv.pop(1).split("=") if len(sys.argv) > 1 else [""]
-    if choice not in CHANGES:
-        sys.exit(f"{choice!r}: give one of {', '.join(CHANGES)}")
-    CHANGES[choice](*value)
+    changes = [change.split("=") for change in (sys.argv.pop(1) if len(sys.argv) > 1 else "").split("+")]
+    for choice, *value in changes:
+        if choice not in CHANGES:
+            sys.exit(f"{choice!r}: give one of {', '.join(CHANGES)}")
+        CHANGES[choice](*value)
     data.run_cli(train.main)

@@ -12,6 +12,7 @@ import curves
 import data
 import duplicates
 import emergence
+import keys
 import labels
 import losses
 import model
@@ -182,6 +183,34 @@ def test_chordal_distance_is_0_for_a_folded_cqt_and_root_2_for_noise(monkeypatch
     noise = torch.randn(200, 13, 12, generator=generator)
     assert emergence.held_out_distance(noise, *parts).numpy() == pytest.approx(2 ** 0.5, abs=0.06)
     assert emergence.chordal_distance(torch.eye(12)[[0]].expand(5, 13, 1, 12)).item() == pytest.approx((28 / 13) ** 0.5)
+
+
+def test_template_variants_hold_the_template_itself_and_differ():
+    cqt = torch.rand(1, 40, 96, generator=torch.Generator().manual_seed(0))
+    expected = losses.template_keys(cqt)
+    assert torch.allclose(keys.template(cqt), expected, atol=1e-5)
+    for title, options in list(keys.VARIANTS.items())[1:]:
+        assert not torch.allclose(keys.template(cqt, **options), expected, atol=1e-3), title
+    krumhansl, _ = keys.PROFILES["Krumhansl and Kessler 1982"]             # a tonic triad is the key of its root
+    frames = torch.zeros(1, 9, 96)
+    frames[..., [39, 43, 46]] = 1                                          # bin 39: C, as bin 0 is an A
+    assert keys.template(frames, profiles=keys.PROFILES["Krumhansl and Kessler 1982"]).argmax() == 0
+    assert np.argmax(krumhansl) == 0
+
+
+def test_keys_prints_scores_offsets_and_turns_of_a_network(song_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    saved_network()
+    monkeypatch.setattr(probe, "calibrate", lambda model, device: 0)
+    names = sorted(path.name for path in song_folder.iterdir() if path.suffix == ".wav")
+    rows = "".join(f"{song_folder.name}/{name},C major\n" for name in names)
+    (tmp_path / "keys.csv").write_text("file,key\n" + rows)
+    monkeypatch.setattr(sys, "argv", ["keys.py", str(song_folder), "keys.csv", "--checkpoint", "checkpoint.pt"])
+    keys.main()
+    printed = capsys.readouterr().out
+    assert "checkpoint.pt, 13 crops" in printed and "turns " in printed
+    offsets = next(line for line in printed.splitlines() if "offsets" in line).split("offsets")[1]
+    assert sum(map(int, offsets.split())) == len(names)
 
 
 def test_emergence_has_rows_for_each_token_and_layer(song_folder, tmp_path, monkeypatch):
