@@ -52,10 +52,10 @@ def cpsd(profiles, shifts, omega=7, pairs=None):
     uniform profiles (z = 0), 4 for opposite points.
 
     The trap. With a pair at equal pitch, as in STONE's three terms, a constant output has a lower loss than a uniform
-    one (sum of the terms 2.76 at |z|^2 = 0.28, against 3.00), and networks that are not equivariant by construction,
-    such as a ViT, stay there. So the tasks below pass only pairs whose crops differ. For two different crops drawn from
-    0..12 the mean of exp(i turn) is -1/13: a constant costs 1 + 2/13 |z|^2 + |z|^4 a pair, always more than the uniform
-    output's 1. z = 0 stays a saddle: the gradient is 0 there, and small around it.
+    one (sum of the terms 2.76 at |z|^2 = 0.28, against 3.00), and a ViT with ordinary random weights stays there. So
+    the tasks below compare only views whose crops differ, and start equivariant (circulant_). For two different crops
+    out of 0..12 the mean of exp(i turn) is -1/13: a constant costs 1 + 2/13 |z|^2 + |z|^4 a pair, always more than the
+    uniform output's 1. z = 0 stays a saddle: the gradient is 0 there, and small around it.
     """
     total, (re, im) = 0.0, circle_point(profiles, omega)                   # (views, batch) each
     pairs = pairs or list(combinations(range(len(profiles)), 2))

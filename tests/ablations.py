@@ -8,6 +8,7 @@
     python tests/ablations.py three-term                     CPSD with the pair at equal pitch too, STONE's three terms
     python tests/ablations.py omega7                         CPSD on the circle of fifths alone; omega1: of semitones
     python tests/ablations.py plain-init+omega7+three-term   several changes
+    python tests/ablations.py piece=90                       both segments from a piece of 90 s instead of 30
     python tests/ablations.py labels=0.1 --tokens tone --labels-csv keys.csv --data pop909       a tenth of the labels
     python tests/ablations.py one-hot=0.1 --tokens tone --labels-csv keys.csv --data pop909      in Semi-TONE's form
     python tests/ablations.py hours=4 --data synth music     4 hours of the music, whole tracks in random order
@@ -94,6 +95,10 @@ def one_circle(omega):
         losses.PRETEXT[name] = partial(losses.PRETEXT[name], omegas=(omega,))
 
 
+def piece(seconds):
+    data.PIECE = round(float(seconds) / data.FRAME_SECONDS)
+
+
 def labels(share):
     """Keys of a share of the tracks of --labels-csv, drawn at random; each share holds the smaller ones."""
     plain = data.read_labels
@@ -149,7 +154,7 @@ def hours(limit):
 
 CHANGES = {"mel-kept": mel_kept, "plain-init": plain_init, "jitter": lambda: change_frames(jitter),
            "mixing": lambda: change_frames(mixing), "batch-norm": batch_norm, "three-term": three_term,
-           "omega7": partial(one_circle, 7), "omega1": partial(one_circle, 1), "hours": hours, "labels": labels, "one-hot": one_hot}
+           "omega7": partial(one_circle, 7), "omega1": partial(one_circle, 1), "piece": piece, "hours": hours, "labels": labels, "one-hot": one_hot}
 
 if __name__ == "__main__":
     changes = [change.split("=") for change in (sys.argv.pop(1) if len(sys.argv) > 1 else "").split("+")]
