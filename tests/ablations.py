@@ -154,7 +154,8 @@ def hours(limit):
 
 CHANGES = {"mel-kept": mel_kept, "plain-init": plain_init, "jitter": lambda: change_frames(jitter),
            "mixing": lambda: change_frames(mixing), "batch-norm": batch_norm, "three-term": three_term,
-           "omega7": partial(one_circle, 7), "omega1": partial(one_circle, 1), "piece": piece, "hours": hours, "labels": labels, "one-hot": one_hot}
+           "omega7": partial(one_circle, 7), "omega1": partial(one_circle, 1), "piece": piece, "hours": hours,
+           "labels": labels, "one-hot": one_hot}
 
 if __name__ == "__main__":
     changes = [change.split("=") for change in (sys.argv.pop(1) if len(sys.argv) > 1 else "").split("+")]
