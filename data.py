@@ -55,8 +55,8 @@ except ImportError:  # Windows has no such locks
 
 SAMPLE_RATE = 16000        # Hz (MT2, CoJEPA, Myna): holds frequencies up to its half, the Nyquist frequency
 HOP = 512                  # samples between frames: 32 ms (MT2: deduced from 126 frames per 4 s); halved 7 times in CQT
-FMIN = 27.5                # Hz, the piano's lowest A (STONE)
-BINS_PER_OCTAVE = 12       # one bin a semitone, so moving by one bin is transposing by one semitone (STONE)
+FMIN = 27.5                # Hz, the piano's lowest A (STONE); losses.template_keys takes bin 0 for an A
+BINS_PER_OCTAVE = 12       # one bin a semitone (STONE); fixed: crops, shifts and losses count bins as semitones
 N_BINS = 96                # eight octaves; STONE's 99th bin would cross Nyquist at 16 kHz (our choice)
 CROP_BINS = 84             # seven octaves (STONE): 96 - 84 = 12 spare bins give the 13 crops 0..12
 MAX_CROP = N_BINS - CROP_BINS
@@ -399,7 +399,7 @@ def read_index(folder):
 
 
 def front_end_settings():
-    """What the frames of a store depend on beside the music."""
+    """What the frames of a store depend on beside the music. format: one more when the code of a front end changes."""
     return dict(format=4, sample_rate=SAMPLE_RATE, hop=HOP, fmin=FMIN, n_bins=N_BINS, bins_per_octave=BINS_PER_OCTAVE,
                 n_fft=N_FFT, n_mels=N_MELS, dynamic_range=DYNAMIC_RANGE, mel_reference=MEL_REFERENCE)
 

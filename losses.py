@@ -261,11 +261,11 @@ class Pretext(nn.Module):
     average of the network; needs_sequence: the sequence tokens, of this rank's share of the batch only; the loss is
     averaged over ranks.
 
-    token (views, batch, dim); batch: "shifts" (views, batch) semitones up, "keys" (batch,) 0..23 or -1, "tracks"
-    (batch,), "progress" of the run, 0 to 1, and with needs_spectrogram "cqt" (2, batch, frames, 84) and "mel" (2,
-    batch, frames, 128); teacher: None, or (the teacher's copy of this task, its token (2, batch, dim)). With
-    needs_sequence batch has "sequence" (2, share, kept, dim), "positions" (2, share, kept), of each of the n frames or
-    patches "target" (2, share, n, pixels) and "places" (n, dim), and "patch", the number of the patch size.
+    token (views, batch, dim); batch: "shifts" (all views of the run, batch) semitones up, "keys" (batch,) 0..23 or -1,
+    "tracks" (batch,), "progress" of the run, 0 to 1, and with needs_spectrogram, of the frames that masking kept, "cqt"
+    (2, batch, kept, 84) and "mel" (2, batch, kept, 128); teacher: None, or (its copy of this task, its token (2, batch,
+    dim)). With needs_sequence batch has "sequence" (2, share, kept, dim), "positions" (2, share, kept), of the n frames
+    or patches "target" (2, share, n, pixels), "places" (n, dim), and "patch", the number of the patch size.
     """
     branch, views, needs_teacher, needs_spectrogram, needs_sequence = "mel", 2, False, False, False
 
@@ -498,4 +498,4 @@ class MAE(Pretext):
 
 PRETEXT = {"cpsd": CPSD, "cpsd1": partial(CPSD, omegas=(1,)), "skey": SKey, "tone": Tone,
            "ntxent": NTXent, "byol": BYOL, "cluster": Cluster, "barlow": Barlow, "vicreg": VICReg,
-           "mae": MAE}
+           "mae": MAE}  # by name: mae in model.py (pixels), train.py (--mask); tone in train.py (--labels-csv)

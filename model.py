@@ -207,7 +207,7 @@ class MT2(nn.Module):
         return dict.fromkeys(self.tokens, x.mean(dim=1)), inside
 
     def key_token(self):
-        """Name of the first token of a key task, or None."""
+        """Name of the first token whose task is a CPSD, or None: zero-shot key looks at no other."""
         return next((name for name, task in self.tasks.items() if isinstance(task, CPSD)), None)
 
 

@@ -35,7 +35,7 @@ Rows:
     all tokens mean    of class and sequence tokens
     sequence           the sequence tokens themselves, one item a frame, in `chords` and `beats`
     untrained ...      the same of the same network at initialisation, when its blocks are the identity
-    raw mean           mean over time of the input spectrograms; compare with sequence mean and class tokens
+    raw mean           mean over time of CQT and mel (also with --inputs mel); compare with sequence mean, class tokens
     raw                mean and standard deviation over time; compare with sequence mean+std
     ... zero-shot      key outputs without any probe           key template    losses.template_keys, without training
     chosen on validation; untrained, chosen    in each seed the row with the best validation metric
@@ -151,7 +151,7 @@ def read_beat_times(path):
 # one group (an artist, an album) stay on one side. path is None where the audio is missing.
 Track = namedtuple("Track", "name path labels split group")
 # what, needs: for `list` and for the message when files are missing; homes: default folders in datasets/;
-# read(Files) yields Tracks; targets {name: kind in TARGETS}; official: number of tracks.
+# read(Files) yields Tracks; targets {name: kind in TARGETS}, all per track or per frame, key first; official: count.
 Task = namedtuple("Task", "what needs homes read targets official", defaults=(None,))
 # Other names of the parts.
 PARTS = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid", "eval": "test",
@@ -784,7 +784,7 @@ def track_mean(values, owner, tracks):
 class Target:
     """What a probe predicts. A subclass is made of labels, one per track, and Items, and has
 
-    y          (items,) int64 or (items, n) float: the target of every item; -1 where a frame has none
+    y          (items,) int64 or (items, n) float: the target of every item; of a frame below 0 where it has none
     truth      (tracks, ...) array: what the metrics compare with
     names      of the n outputs
     loss       (outputs (items, n), y) -> scalar

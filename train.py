@@ -427,7 +427,7 @@ def resolve_settings(args, device, ranks):
 
 
 def restore_settings(args, path):
-    """Set args to the settings of a checkpoint, and return it. Raises InputError where a given flag differs."""
+    """Set args to the settings of a checkpoint, and return it. InputError where a flag, not at its default, differs."""
     try:
         checkpoint = read_checkpoint(path)
         saved = {name: checkpoint["settings"][name] for name in SETTINGS}

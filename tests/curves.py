@@ -30,7 +30,7 @@ def held_out_losses(model, segments, settings, device):
     for number in range(BATCHES):
         batch = train.make_batch(segments, model, settings["seed"] + 1, number, settings["mask"], BATCHES, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=pick_amp(device)[0]):
-            for name, loss in train.training_losses(model, None, batch)[0].items():
+            for name, loss in train.training_losses(model, model, batch)[0].items():
                 sums[name] += loss.item() / BATCHES
     return sums
 

@@ -67,11 +67,12 @@ def main():
         model = load_checkpoint(path, args.device)
         networks = {"": model} | ({"untrained ": probe.untrained(model, args.device)} if path == args.checkpoint[0] else {})
         for prefix, network in networks.items():
-            row = key_columns(probe.key_probabilities(network, tracks, args.device).numpy(), truths, numbers)
-            table.setdefault(f"{prefix}{model.key_token()} zero-shot", []).append(row)
+            if model.key_token():
+                row = key_columns(probe.key_probabilities(network, tracks, args.device).numpy(), truths, numbers)
+                table.setdefault(f"{prefix}{model.key_token()} zero-shot", []).append(row)
             for name, x in rows_of(network, tracks, prefix, args.device).items():
                 table.setdefault(name, []).append({"retrieval": 100 * probe.retrieval(x[first], x[second])[0]})
-        for a4, frames in retunings.items():
+        for a4, frames in retunings.items() if model.key_token() else ():
             row = key_columns(probe.key_probabilities(model, frames, args.device).numpy(), truths, numbers)
             table.setdefault(f"{model.key_token()}, A = {a4:g} Hz", []).append(row)
     for name, x in rows_of(None, tracks, "", args.device).items():

@@ -18,6 +18,7 @@ import losses
 import model
 import probe
 import publish
+import real
 import reconstruction
 import train
 
@@ -211,6 +212,26 @@ def test_keys_prints_scores_offsets_and_turns_of_a_network(song_folder, tmp_path
     assert "checkpoint.pt, 13 crops" in printed and "turns " in printed
     offsets = next(line for line in printed.splitlines() if "offsets" in line).split("offsets")[1]
     assert sum(map(int, offsets.split())) == len(names)
+
+
+@pytest.mark.parametrize("tokens", [("cpsd", "ntxent"), ("ntxent",)])
+def test_real_prints_rows_with_and_without_a_key_token(song_folder, tmp_path, monkeypatch, capsys, tokens):
+    monkeypatch.chdir(tmp_path)
+    network = model.MT2(tokens, dim=24, depth=1, heads=2)
+    torch.save(dict(config=network.config, model=network.state_dict()), "checkpoint.pt")
+    monkeypatch.setattr(probe, "calibrate", lambda model, device: 0)
+    music = tmp_path / "excerpts"
+    music.mkdir()
+    for i, path in enumerate(sorted(song_folder.glob("*.*"))[:4]):
+        shutil.copy(path, music / f"track{i // 2}_{'ab'[i % 2]}{path.suffix}")
+    rows = "".join(f"excerpts/{path.name},{key}\n" for path, key in zip(sorted(music.iterdir()), ("C major", "a") * 2))
+    (tmp_path / "keys.csv").write_text("file,key\n" + rows)
+    command = "real.py excerpts --keys keys.csv --checkpoint checkpoint.pt --tuning 444"
+    monkeypatch.setattr(sys, "argv", command.split())
+    real.main()
+    printed = capsys.readouterr().out
+    assert "retrieval among 2 tracks" in printed and "key template, A = 444 Hz" in printed
+    assert ("cpsd zero-shot" in printed and "cpsd, A = 444 Hz" in printed) == ("cpsd" in tokens)
 
 
 def test_emergence_has_rows_for_each_token_and_layer(song_folder, tmp_path, monkeypatch):
