@@ -628,7 +628,7 @@ def training_views(frames, crops):
 
 
 def kept_positions(rng, shape, count, mask):
-    """Random subset of `count` tokens that masking by that share keeps, sorted, for each item: (*shape, kept) int64."""
+    """Which of `count` tokens stay when the share `mask` is dropped, random, sorted: (*shape, kept) int64."""
     kept = max(1, round(count * (1 - mask)))
     order = rng.random((*shape, count), dtype=np.float32)
     return np.sort(np.argpartition(order, kept - 1, axis=-1)[..., :kept], axis=-1)
@@ -729,11 +729,11 @@ SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
 # diminished ones are left out.
 FOLLOWS = {"major": {"0": "34512", "1": "443", "2": "53", "3": "401", "4": "0053", "5": "3142"},
            "minor": {"0": "35624", "2": "563", "3": "406", "4": "005", "5": "6234", "6": "025"}}
-# Modes on the same tonic: (degree that moves, by semitones, chord that becomes diminished and is left out).
+# Modes beyond major and minor, same tonic: (degree that moves, by semitones, chord left out as it is diminished).
 MODES = {"major": ((6, -1, "2"), (3, 1, "3")),  # mixolydian, lydian
          "minor": ((5, 1, "5"), (1, -1, "4"))}  # dorian, phrygian
-# Every loop holds a chord with the scale's most flat-ward note and one with its most sharp-ward note: without both, the
-# remaining notes fit two keys.
+# Neighbours on the circle of fifths differ in one note. Every loop holds a chord with the note that rules out the fifth
+# above and one with the note that rules out the fifth below: without both, the remaining notes fit two keys.
 EDGES = {"major": ("13", "24"), "minor": ("35", "46")}
 TIMBRES = ("strings", "clarinet", "organ", "flute", "brass", "pluck", "mallet", "epiano")
 SONG_SECONDS = 24
@@ -759,7 +759,7 @@ def arrangement(rng):
     tempo = 70 * (160 / 70) ** rng.random()
     span = 2 if tempo < 110 else 4                                        # beats a chord lasts: 1.1 to 2.2 s
     spans = math.ceil(SONG_SECONDS / (span * 60 / tempo))
-    leading_tone = rng.random() < 0.5 and mode == "minor"                 # V instead of v
+    leading_tone = rng.random() < 0.5 and mode == "minor"                 # the chord on degree 4 becomes major
     # Verse and chorus: each half has its own loop of chords, so that only the key is common to both. In 60 % of songs
     # one half is in another mode on the same tonic, as in rock and folk; the label stays.
     halves = [dict(scale=list(SCALES[mode]), left_out="none") for _ in range(2)]

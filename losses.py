@@ -30,9 +30,9 @@ def in_float32(loss):
 def circle_point(profiles, omega):
     """(..., 12), non-negative with sum 1 -> real and imaginary part (...) of z = sum_q y[q] exp(2 pi i omega q / 12).
 
-    The centre of gravity of a pitch profile y on a circle (STONE, section 3). omega = 1: the circle of semitones. omega
-    = 7: the circle of fifths. A transposition by 7 semitones turns z by 49 / 12 of a turn, 30 degrees, so keys a fifth
-    apart, which share six of seven notes, are neighbours. |z| = 1 only for a one-hot profile, 0 for a uniform one.
+    The centre of gravity of y, a probability of each of 12 key signatures, on a circle (STONE, section 3). omega = 1:
+    semitones, 7: fifths. There a transposition by 7 semitones turns z by 49 / 12 of a turn, 30 degrees, so keys a fifth
+    apart, which share six of seven notes, are neighbours. |z| = 1 only for a one-hot y, 0 for a uniform one.
     """
     angle = 2 * math.pi * omega * torch.arange(12, device=profiles.device, dtype=torch.float32) / 12
     profiles = profiles.float()
@@ -48,8 +48,8 @@ def cpsd(profiles, shifts, omega=7, pairs=None):
         | exp(2 pi i omega (s_a - s_b) / 12) - z_a conj(z_b) |^2
 
     If view a is s semitones above view b, its point must lie omega * s / 12 of a turn ahead; an output that turns along
-    with the music is, up to one rotation of the whole circle, the key. 0 for one-hot profiles at the right shift, 1 for
-    uniform profiles (z = 0), 4 for opposite points.
+    with the music is the key, up to a rotation that CPSD leaves open in each song (see class CPSD). 0 for one-hot
+    profiles at the right shift, 1 for uniform profiles (z = 0), 4 for opposite points.
 
     The trap. With a pair at equal pitch, as in STONE's three terms, a constant output has a lower loss than a uniform
     one (sum of the terms 2.76 at |z|^2 = 0.28, against 3.00), and a ViT with ordinary random weights stays there. So
@@ -295,7 +295,7 @@ class CPSD(Pretext):
 
     def reset(self):
         signatures = self.head.weight.data[:12]
-        circulant_(signatures.T).mul_(0.3)  # in place; small initial logits: a saturated softmax has no gradient
+        circulant_(signatures.T).mul_(0.3)  # .T: here the inputs come in groups of 12; 0.3: no saturated softmax
         self.head.weight.data[-12:] = signatures  # of 24 keys, major and minor start equally likely
 
     def log_keys(self, token):
@@ -341,11 +341,11 @@ class CPSD(Pretext):
 
 
 class SKey(CPSD):
-    """S-KEY: 24 outputs; CPSD on the sum of relatives, a pseudo-label for the mode, a balance term for both modes.
+    """S-KEY: 24 outputs; CPSD on the sum of relatives, a mode label from the template, a balance term for both modes.
 
-    Relatives share a signature, so CPSD cannot tell them apart. Pseudo-label: which relative the template prefers, at
-    its own best signature. (S-KEY compares the levels of the two tonics at the network's signature, and so needs to
-    know which pitch class output 0 stands for.) The balance term keeps all from being major.
+    Relatives share a signature, so CPSD cannot tell them apart. Mode label, also without --pseudo-label: the relative
+    that the template prefers at its own best signature. (S-KEY compares the levels of the two tonics at the network's
+    signature, and so needs to know which pitch class output 0 stands for.) The balance term keeps all from being major.
     """
     outputs, needs_spectrogram = 24, True
     # S-KEY (code; its paper has 15). There CPSD is a sum over three pairs, here a mean, so these are thirds of theirs.

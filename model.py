@@ -151,7 +151,7 @@ class MT2(nn.Module):
         return sum(branch.values()) + F.embedding(positions, self.positions), torch.stack(means, dim=1)
 
     def places(self, size):
-        """What tells the trunk where each frame is (frames, dim), learned, or where each patch of `size`, fixed."""
+        """Position vectors: learned, of each frame (frames, dim), or fixed, of each patch of `size` (patches, dim)."""
         if size is None:
             return self.positions
         bands, width = size
@@ -177,7 +177,7 @@ class MT2(nn.Module):
         kept, width * bands), see cut_patches. patch_index: which of several sizes.
         Returns ({name: (batch, dim)}, {layer: (batch, tokens + n, dim)}): the class tokens after the last layer (or the
         mean, see pool), and for each layer in `layers` (0 = tokeniser + positions .. depth = after the final norm) all
-        tokens, class tokens first. Raises ValueError when shapes do not fit or there are more frames than positions.
+        tokens, class tokens first (none if pool is mean). Raises ValueError when shapes or the number of frames misfit.
         """
         size, (batch, n, columns) = self.patches[patch_index], mel.shape
         whole = size is None or positions is None  # frames, not patches
