@@ -5,6 +5,7 @@
     python tests/ablations.py jitter                         each view through an equaliser and at a level of its own
     python tests/ablations.py mixing                         half of the pieces have another one in the background
     python tests/ablations.py batch-norm --tokens skey       batch norm before the softmax of the 24 keys (STONE-24, S-KEY)
+    python tests/ablations.py no-mode --tokens skey          S-KEY without its mode and balance terms
     python tests/ablations.py three-term                     CPSD with the pair at equal pitch too, STONE's three terms
     python tests/ablations.py omega7                         CPSD on the circle of fifths alone; omega1: of semitones
     python tests/ablations.py plain-init+omega7+three-term   several changes
@@ -86,6 +87,10 @@ def batch_norm():
     losses.SKey.__init__, losses.SKey.log_keys = init, log_keys
 
 
+def no_mode():
+    losses.SKey.MODE = losses.SKey.BALANCE = 0.0
+
+
 def three_term():
     losses.TRANSPOSED_PAIRS.insert(0, (0, 1))
 
@@ -153,9 +158,9 @@ def hours(limit):
 
 
 CHANGES = {"mel-kept": mel_kept, "plain-init": plain_init, "jitter": lambda: change_frames(jitter),
-           "mixing": lambda: change_frames(mixing), "batch-norm": batch_norm, "three-term": three_term,
-           "omega7": partial(one_circle, 7), "omega1": partial(one_circle, 1), "piece": piece, "hours": hours,
-           "labels": labels, "one-hot": one_hot}
+           "mixing": lambda: change_frames(mixing), "batch-norm": batch_norm, "no-mode": no_mode,
+           "three-term": three_term, "omega7": partial(one_circle, 7), "omega1": partial(one_circle, 1),
+           "piece": piece, "hours": hours, "labels": labels, "one-hot": one_hot}
 
 if __name__ == "__main__":
     changes = [change.split("=") for change in (sys.argv.pop(1) if len(sys.argv) > 1 else "").split("+")]

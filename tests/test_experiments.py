@@ -41,7 +41,10 @@ def untouched(monkeypatch):
     monkeypatch.setattr(data, "training_views", data.training_views)
     for name in ("__init__", "log_keys"):
         monkeypatch.setattr(losses.SKey, name, getattr(losses.SKey, name))
+    for name in ("MODE", "BALANCE"):
+        monkeypatch.setattr(losses.SKey, name, getattr(losses.SKey, name))
     monkeypatch.setattr(losses, "TRANSPOSED_PAIRS", [*losses.TRANSPOSED_PAIRS])
+    monkeypatch.setattr(data, "PIECE", data.PIECE)
     for name, task in losses.PRETEXT.items():
         monkeypatch.setitem(losses.PRETEXT, name, task)
 
@@ -184,6 +187,16 @@ def test_chordal_distance_is_0_for_a_folded_cqt_and_root_2_for_noise(monkeypatch
     noise = torch.randn(200, 13, 12, generator=generator)
     assert emergence.held_out_distance(noise, *parts).numpy() == pytest.approx(2 ** 0.5, abs=0.06)
     assert emergence.chordal_distance(torch.eye(12)[[0]].expand(5, 13, 1, 12)).item() == pytest.approx((28 / 13) ** 0.5)
+
+
+def test_no_mode_leaves_the_key_loss_alone_and_piece_makes_longer_pieces(untouched):
+    batch = dict(shifts=torch.tensor([[3] * 4, [3] * 4, [9] * 4]), cqt=torch.rand(2, 4, 8, 84))
+    task, token = losses.SKey(16), torch.randn(3, 4, 16)
+    loss, logs = task(token, batch)
+    ablations.CHANGES["no-mode"]()
+    assert task(token, batch)[0].item() == pytest.approx(logs["cpsd_term"].item()) != loss.item()
+    ablations.CHANGES["piece"]("90")
+    assert data.PIECE * data.FRAME_SECONDS == pytest.approx(90, abs=0.1)
 
 
 def test_template_variants_hold_the_template_itself_and_differ():
