@@ -75,6 +75,8 @@ def main():
     parser.add_argument("sets", nargs="+", metavar="FOLDER CSV")
     parser.add_argument("--checkpoint", nargs="+", default=[])
     args = parser.parse_args()
+    if len(args.sets) % 2:
+        raise data.InputError("give pairs of a folder and a CSV")
     sets = {}                                                              # {csv: (tracks, keys)}
     for folder, path in zip(args.sets[::2], args.sets[1::2]):
         store = data.prepare_folders([folder])
@@ -90,6 +92,8 @@ def main():
                            for name, (_, truth) in sets.items()]
     for path in args.checkpoint:
         model = load_checkpoint(path)
+        if model.key_token() is None:
+            raise data.InputError(f"{path}: has no key token; give one that was trained with --tokens skey or cpsd")
         turn = probe.calibrate(model, "cpu")
         for tracks, truth in sets.values():
             for crops in ([probe.PITCH_CROP], range(0, 13, 3), range(13)):

@@ -2,6 +2,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -205,11 +206,23 @@ def test_template_variants_hold_the_template_itself_and_differ():
     assert torch.allclose(keys.template(cqt), expected, atol=1e-5)
     for title, options in list(keys.VARIANTS.items())[1:]:
         assert not torch.allclose(keys.template(cqt, **options), expected, atol=1e-3), title
-    krumhansl, _ = keys.PROFILES["Krumhansl and Kessler 1982"]             # a tonic triad is the key of its root
     frames = torch.zeros(1, 9, 96)
     frames[..., [39, 43, 46]] = 1                                          # bin 39: C, as bin 0 is an A
-    assert keys.template(frames, profiles=keys.PROFILES["Krumhansl and Kessler 1982"]).argmax() == 0
-    assert np.argmax(krumhansl) == 0
+    for pair in keys.PROFILES.values():                                    # a tonic triad is the key of its root
+        assert keys.template(frames, profiles=pair).argmax() == 0
+
+
+@pytest.mark.parametrize("sign, share", [(-1, 100), (1, 0)])
+def test_an_output_turns_when_it_is_lower_by_the_crop(monkeypatch, sign, share):
+    class Network:
+        tasks = {"cpsd": SimpleNamespace(log_keys=lambda token: token)}
+        key_token = staticmethod(lambda: "cpsd")
+
+        def __call__(self, crop, n):
+            return {"cpsd": torch.eye(12)[[(5 + sign * crop) % 12]].log().expand(n, 12)}, {}
+    monkeypatch.setattr(probe, "views_of", lambda batch, device, crop: (crop, len(batch)))
+    tracks = [np.zeros((300, 224), np.uint8)]
+    assert keys.turning(Network(), tracks) == f"turns {share} %, one output 100 %, |z| 1.00"
 
 
 def test_keys_prints_scores_offsets_and_turns_of_a_network(song_folder, tmp_path, monkeypatch, capsys):
@@ -225,6 +238,13 @@ def test_keys_prints_scores_offsets_and_turns_of_a_network(song_folder, tmp_path
     assert "checkpoint.pt, 13 crops" in printed and "turns " in printed
     offsets = next(line for line in printed.splitlines() if "offsets" in line).split("offsets")[1]
     assert sum(map(int, offsets.split())) == len(names)
+    network = model.MT2(("ntxent",), dim=24, depth=1, heads=2)
+    torch.save(dict(config=network.config, model=network.state_dict()), "checkpoint.pt")
+    with pytest.raises(data.InputError, match="no key token"):
+        keys.main()
+    monkeypatch.setattr(sys, "argv", sys.argv[:2])
+    with pytest.raises(data.InputError, match="pairs"):
+        keys.main()
 
 
 @pytest.mark.parametrize("tokens", [("cpsd", "ntxent"), ("ntxent",)])
