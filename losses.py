@@ -67,9 +67,9 @@ def cpsd(profiles, shifts, omega=7, pairs=None):
     return total / len(pairs)
 
 
-# Share of each pitch class in pieces in C major and C minor (Albrecht and Shanahan 2013).
-MAJOR = torch.tensor([.238, .006, .111, .006, .137, .094, .016, .214, .009, .080, .008, .081])
-MINOR = torch.tensor([.220, .006, .104, .123, .019, .103, .012, .214, .062, .022, .061, .052])
+# Chroma of template_keys in C major and C minor: one step of EM on synthetic songs (tests/README.md, Key template).
+MAJOR = torch.tensor([.140, .035, .113, .035, .119, .091, .045, .142, .036, .116, .044, .084])
+MINOR = torch.tensor([.144, .036, .096, .120, .039, .104, .036, .146, .077, .052, .107, .043])
 KEY_PROFILES = torch.stack([profile.roll(tonic) for profile in (MAJOR, MINOR) for tonic in range(12)])  # (24, 12)
 
 

@@ -212,6 +212,15 @@ def test_template_variants_hold_the_template_itself_and_differ():
         assert keys.template(frames, profiles=pair).argmax() == 0
 
 
+def test_measured_profiles_are_the_chroma_of_each_mode_turned_to_c():
+    tracks = np.zeros((24, 9, 224), np.uint8)                              # a triad on every root, major then minor
+    for key, track in enumerate(tracks):
+        track[:, [39 + key % 12 + interval for interval in (0, 3 if key >= 12 else 4, 7)]] = 255
+    major, minor = keys.measured_profiles(tracks, np.sqrt(keys.ALBRECHT))
+    assert major.sum() == pytest.approx(1) and minor.sum() == pytest.approx(1)
+    assert sorted(major.topk(3).indices.tolist()) == [0, 4, 7] and sorted(minor.topk(3).indices.tolist()) == [0, 3, 7]
+
+
 @pytest.mark.parametrize("sign, share", [(-1, 100), (1, 0)])
 def test_an_output_turns_when_it_is_lower_by_the_crop(monkeypatch, sign, share):
     class Network:
