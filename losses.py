@@ -67,7 +67,7 @@ def cpsd(profiles, shifts, omega=7, pairs=None):
     return total / len(pairs)
 
 
-# Chroma of template_keys in C major and C minor: one step of EM on synthetic songs (tests/README.md, Key template).
+# Mean chroma, as in template_keys, in C major and C minor: one step of EM on synthetic songs (tests/README.md).
 MAJOR = torch.tensor([.140, .035, .113, .035, .119, .091, .045, .142, .036, .116, .044, .084])
 MINOR = torch.tensor([.144, .036, .096, .120, .039, .104, .036, .146, .077, .052, .107, .043])
 KEY_PROFILES = torch.stack([profile.roll(tonic) for profile in (MAJOR, MINOR) for tonic in range(12)])  # (24, 12)
