@@ -42,7 +42,7 @@ from losses import PRETEXT, effective_rank
 from model import MT2, cut_patches, pick_amp, read_checkpoint
 
 # Named models and recipes. A flag given by hand wins over its preset.
-VIT1D = dict(dim=192, depth=12, heads=3, batch_size=128, steps=511_488, lr=1e-3, patch="1", pool="token",
+VIT1D = dict(dim=192, depth=12, heads=3, batch_size=128, steps=511_488, lr=1e-3, mask=0.0, patch="1", pool="token",
              inputs="cqt,mel")
 MYNA = dict(tokens="ntxent", dim=384, depth=12, heads=6, batch_size=4096, steps=100_341, lr=3e-4, mask=0.9, pool="mean",
             inputs="mel")
@@ -54,11 +54,11 @@ PRESETS = {
     # The same for a first try on one GPU: a length of some minutes there (our choice, not measured).
     "demo": dict(VIT1D, tokens="cpsd,ntxent", steps=6000, mask=0.5),
     # ViT-1D ("Emergent"): the same trunk with NT-Xent alone on the mel; no masking described.
-    "vit1d": dict(VIT1D, tokens="ntxent", mask=0.0, inputs="mel"),
+    "vit1d": dict(VIT1D, tokens="ntxent", inputs="mel"),
     # STONE's CQT, batch, rate, 50 epochs of 512 steps; our CPSD (two circles, two pairs) and trunk (its: a CNN).
-    "stone": dict(VIT1D, tokens="cpsd", steps=25_600, mask=0.0, inputs="cqt"),
+    "stone": dict(VIT1D, tokens="cpsd", steps=25_600, inputs="cqt"),
     # S-KEY's: 50 epochs of 60,000 songs in batches of 128.
-    "skey": dict(VIT1D, tokens="skey", steps=23_438, mask=0.0, inputs="cqt"),
+    "skey": dict(VIT1D, tokens="skey", steps=23_438, inputs="cqt"),
     # Myna (paper: 384 x 12 x 6, no class token, 90 % masked, batch 4096, 500 epochs of 822,000 clips, rate 3e-4). Our
     # segments of 4 s make 56 and 63 patches where its 3 s make 48; its Adam with decay 1e-5 is our AdamW.
     "myna-base": dict(MYNA, patch="16x16"),
