@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"data.py": (975, 8454), "model.py": (244, 2158), "losses.py": (501, 3883), "train.py": (560, 4613),
+LIMITS = {"data.py": (975, 8454), "model.py": (244, 2158), "losses.py": (501, 3883), "train.py": (560, 4605),
           "probe.py": (1792, 16165)}  # lines, tokens
 NAMES = 32
 LAYOUT = {token.NEWLINE, token.NL, token.INDENT, token.DEDENT, token.ENDMARKER, token.COMMENT, token.ENCODING}
