@@ -40,6 +40,11 @@ VARIANTS = {"as in losses.template_keys": {}, "peaks and whitening alone": dict(
 VARIANTS |= {name: dict(profiles=pair) for name, pair in PROFILES.items()}
 
 
+def cqt_of(track):
+    """(frames, 224) uint8 -> (1, frames, 96) in [0, 1]."""
+    return torch.from_numpy(track[None, :, :data.N_BINS].astype(np.float32) / 255)
+
+
 def rotated(profiles):
     """Two profiles of 12 -> (24, 12), as losses.KEY_PROFILES."""
     return torch.stack([torch.as_tensor(p, dtype=torch.float32).roll(tonic) for p in profiles for tonic in range(12)])
@@ -66,7 +71,7 @@ def measured_profiles(tracks, start):
 
     A track counts for each of the 24 keys as much as the template with the profiles `start` has it likely.
     """
-    x = torch.cat([chroma(torch.from_numpy(t[None, :, :data.N_BINS].astype(np.float32) / 255)) for t in tracks])
+    x = torch.cat([chroma(cqt_of(t)) for t in tracks])
     likely = (CPSD.SHARPNESS * centred(x) @ centred(rotated(start)).T).softmax(dim=-1)          # (tracks, 24)
     x = x / x.sum(dim=1, keepdim=True)                                                          # (tracks, 12)
     sums = torch.stack([likely[:, key] @ x.roll(-(key % 12), dims=1) for key in range(24)])     # (24, 12)
@@ -115,8 +120,7 @@ def main():
         sets[Path(path).stem] = [store.track(i) for i in numbers], np.array([keys[store.paths[i]] for i in numbers])
     rows = {}
     if not args.checkpoint:
-        cqts = {name: [torch.from_numpy(t[None, :, :data.N_BINS].astype(np.float32) / 255) for t in tracks]
-                for name, (tracks, _) in sets.items()}
+        cqts = {name: [cqt_of(t) for t in tracks] for name, (tracks, _) in sets.items()}
         for title, options in VARIANTS.items():
             rows[title] = [text(torch.cat([template(x, **options) for x in cqts[name]]).numpy(), truth)
                            for name, (_, truth) in sets.items()]
