@@ -34,7 +34,7 @@ Rows:
     sequence mean      of the sequence tokens     sequence mean+std  mean and standard deviation over time
     all tokens mean    of class and sequence tokens
     sequence           the sequence tokens themselves, one item a frame, in `chords` and `beats`
-    untrained ...      the same of the same network at initialisation, when its blocks are the identity
+    untrained ...      the same of the same network at initialisation: its blocks are the identity, all layers one
     raw mean           mean over time of CQT and mel (also with --inputs mel); compare with sequence mean, class tokens
     raw                mean and standard deviation over time; compare with sequence mean+std
     ... zero-shot      key outputs without any probe           key template    losses.template_keys, without training
@@ -208,10 +208,8 @@ GTZAN_SPLIT = {
     "reggae":    "ttt.t.t..t.tt.ttttttttttttttttttt.eeeeeee.tttteeettteetttttttvvteeeeetvev.v.vvve..eeev.eeee.vvvvvvvv",
     "rock":      "tttttttttteeeeeettttttttttteeeeeeeeeeeveeeeeeeeeevvvvvvvvttttttttttttttvvvvvvvvvvvvvvveeeeettttttttt",
 }
-GTZAN_LETTERS = {"t": "train", "v": "valid", "e": "test"}
-GTZAN_PART = {f"{genre}.{i:05d}": GTZAN_LETTERS[letter] for genre, letters in GTZAN_SPLIT.items()
-              for i, letter in enumerate(letters) if letter != "."}
-BROKEN = ("jazz.00054",)  # does not decode in the copy that circulates
+GTZAN_PART = {f"{genre}.{i:05d}": dict(t="train", v="valid", e="test")[letter]
+              for genre, letters in GTZAN_SPLIT.items() for i, letter in enumerate(letters) if letter != "."}
 
 
 def read_gtzan(files):
@@ -547,10 +545,13 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=pick_amp(device)[0])
 
 
-def untrained(model, device):
-    """The same network at initialisation, when blocks are the identity: what tokenisers and norm are worth."""
+def untrained(model, device, blocks=0):
+    """The same network at initialisation: what tokenisers and norm are worth. Its blocks, still the identity, are left
+    out but for the first `blocks` (None: all)."""
     torch.manual_seed(0)
-    return MT2(**model.config).to(device).eval()
+    network = MT2(**model.config).to(device).eval()
+    network.blocks = network.blocks[:blocks]
+    return network
 
 
 def readouts(names, tokens, sequence):
@@ -618,7 +619,7 @@ def extract(model, songs, device, layers=None, per_frame=False):
         if model is None:
             rows = raw_rows(cqt, mel, per_frame)
         else:
-            rows = network_rows(model, cqt, mel, layers or [model.config["depth"]], per_frame)
+            rows = network_rows(model, cqt, mel, layers or [len(model.blocks)], per_frame)
         places.append((first[indices][:, None] + np.arange(counts[indices[0]])).ravel())
         for name, value in rows.items():
             parts.setdefault(name, []).append(value.flatten(0, -2).cpu().half())     # (items of the batch, dim)
@@ -632,7 +633,7 @@ def all_items(model, songs, device, layers=None, per_frame=False):
     """Items of songs [(frames, 224) uint8] with the rows of the trained and the untrained network and raw."""
     rows = {}
     for prefix, network in (("", model), ("untrained ", untrained(model, device)), ("", None)):
-        items = extract(network, songs, device, layers, per_frame)
+        items = extract(network, songs, device, layers if network is model else None, per_frame)
         rows |= {prefix + name: x for name, x in items.rows.items()}
     return items._replace(rows=rows)
 
@@ -1047,7 +1048,7 @@ def splits_of(tracks):
         return [(np.flatnonzero((parts != test) & (parts != valid)), np.flatnonzero(parts == valid),
                  np.flatnonzero(parts == test)) for test, valid in zip(folds, np.roll(folds, -1))]
     split = tuple(np.flatnonzero(parts == name) for name in ("train", "valid", "test"))
-    if min(map(len, split)) == 0:
+    if 0 in map(len, split):
         raise InputError("{} train, {} valid and {} test tracks; each part needs some".format(*map(len, split)))
     return [split] * SEEDS
 
@@ -1085,7 +1086,7 @@ def fit_splits(x, target, splits, share, configs):
 
 def mean_of(values):
     """The cell of a table, from one score per seed."""
-    return dict(mean=float(np.nanmean(values)), std=float(np.nanstd(values)), scores=[float(v) for v in values])
+    return dict(mean=float(np.nanmean(values)), std=float(np.nanstd(values)), scores=list(map(float, values)))
 
 
 def cells_of(metrics, truth, splits, outputs):
@@ -1146,9 +1147,7 @@ def probe_rows(rows, target, splits, grid=False, shares=(), **config):
 
 
 def text_of(cell):
-    """'52.1 ± 1.0 [48.3 55.9]': a cell in %; nothing for no cell."""
-    if not cell:
-        return ""
+    """'52.1 ± 1.0 [48.3 55.9]': a cell in %."""
     text = f"{100 * cell['mean']:.1f} ±{100 * cell['std']:4.1f}"
     return text + " [{:.1f} {:.1f}]".format(*(100 * v for v in cell["interval"])) if "interval" in cell else text
 
@@ -1158,7 +1157,7 @@ def print_table(title, table):
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
     lines = [["", *columns]]
     for name, row in table.items():
-        lines.append([name, *(text_of(row.get(column)) for column in columns)])
+        lines.append([name, *(text_of(row[column]) if column in row else "" for column in columns)])
     widths = [max(map(len, texts)) + 2 for texts in zip(*lines)]
     print(f"\n{title}")
     for name, *texts in lines:
@@ -1196,8 +1195,8 @@ def print_comparison(args):
 def known_songs(count=32):
     """Synthetic songs whose key is known: [(frames, 224) uint8], [tonic of the major key with their signature]."""
     songs, front_end = [compose(i) for i in range(count)], FrontEnd()
-    waves = [torch.from_numpy(render(song)) for song in songs]
-    return [audio_to_frames(wave, front_end) for wave in waves], [song["signature"] for song in songs]
+    frames = [audio_to_frames(torch.from_numpy(render(song)), front_end) for song in songs]
+    return frames, [song["signature"] for song in songs]
 
 
 def transpose(keys, steps):
@@ -1464,7 +1463,7 @@ def open_features(path, tracks, per_frame):
 
 def layers_of(args, model):
     """--layers as a list of numbers, by default the last one. Raises InputError."""
-    possible = [str(n) for n in range(model.config["depth"] + 1)]
+    possible = list(map(str, range(model.config["depth"] + 1)))
     asked = possible if args.layers == "all" else (args.layers or possible[-1]).split(",")
     if not set(asked) <= set(possible):
         raise InputError(f"--layers {args.layers}: this network has layers 0 to {possible[-1]}; give numbers, or all")
@@ -1473,7 +1472,8 @@ def layers_of(args, model):
 
 def counts_line(official, tracks, kept):
     """'926 of 930 files; missing or unreadable: ...', against the official number of tracks where there is one."""
-    lost = sorted({t.name for t in tracks} - {t.name for t in kept} - set(BROKEN))
+    # GTZAN's jazz.00054 does not decode in the copy that circulates.
+    lost = sorted({t.name for t in tracks} - {t.name for t in kept} - {"jazz.00054"})
     line = f"{len(kept)} of {official or len(tracks)} files"
     if lost:
         line += f"; {len(lost)} missing or unreadable: {', '.join(lost[:8])}" + (", ..." if lost[8:] else "")
@@ -1699,7 +1699,7 @@ def print_map(args):
 def print_emergence(args):
     """Linear probes of chords and beats on the sequence tokens of every layer, and class attention against onsets."""
     path, model = open_model(args, frames=True)
-    layers, table, count = list(range(model.config["depth"] + 1)), {}, sum(EMERGENCE_SONGS.values())
+    layers, table, count = range(model.config["depth"] + 1), {}, sum(EMERGENCE_SONGS.values())
     songs = []
     for kind in ("chords", "beats"):
         if args.data:
@@ -1717,7 +1717,7 @@ def print_emergence(args):
     songs = [song for song in songs if len(song) >= SEGMENT]
     if not songs:
         raise InputError(f"{args.data}: every song is shorter than one window of 4 s; give longer recordings")
-    for prefix, network in (("", model), ("untrained ", untrained(model, args.device))):
+    for prefix, network in (("", model), ("untrained ", untrained(model, args.device, None))):
         add_columns(table, attention_to_onsets(network, songs, args.device, prefix))
     title = (f"emergence: {path} on {len(songs)} songs, in %; chords and beats: linear probe on sequence tokens\n"
              "~ onsets: 100 r of class-token attention with the onset envelope, over windows")
@@ -1727,7 +1727,7 @@ def print_emergence(args):
 
 def shares_of(text):
     """'0.01,0.5' -> [0.01, 0.5]: shares of the labels, each above 0 and at most 1."""
-    shares = [float(part) for part in text.split(",")]
+    shares = list(map(float, text.split(",")))
     if not all(0 < share <= 1 for share in shares):
         raise ValueError
     return shares

@@ -165,7 +165,7 @@ def test_items_of_a_store_have_both_networks_raw_owners_and_times(songs):
     items = probe.all_items(net, [songs.track(2), songs.track(1)], "cpu")
     assert items.owner.tolist() == [0, 0, 1] and items.time.tolist() == [0, 126 * probe.FRAME_SECONDS, 0]
     assert len(items.rows) == 16 and all(len(x) == 3 for x in items.rows.values())
-    fresh = by_hand(probe.untrained(net, "cpu"), songs.track(2)[126:], 2)
+    fresh = by_hand(probe.untrained(net, "cpu", blocks=None), songs.track(2)[126:], 2)
     same(items.rows["untrained ntxent"][1].float(), fresh[1], 3e-3)
     torch.nn.Linear(48, 2)(items.rows["concat"].float()).sum().backward()                         # may be trained on
     items = probe.all_items(net, [songs.track(0), songs.track(1)], "cpu", per_frame=True)
@@ -176,7 +176,7 @@ def test_items_of_a_store_have_both_networks_raw_owners_and_times(songs):
 
 def test_untrained_is_the_same_network_with_other_weights():
     net = network(depth=1)
-    first, second = probe.untrained(net, "cpu"), probe.untrained(net, "cpu")
+    first, second = (probe.untrained(net, "cpu", blocks=None) for _ in range(2))
     assert first.config == net.config and not first.training
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
     assert not torch.equal(first.positions, net.positions)

@@ -568,7 +568,7 @@ def test_layers_and_labels(gtzan, run):
     """A row per layer and readout; a column per share of the labels."""
     run("gtzan", "--data", gtzan[0], "--layers", "all", "--labels", "0.5,1")
     rows, names = written("gtzan"), [f"{name} L{layer}" for layer in (0, 1) for name in ROWS]
-    assert list(rows) == [*names, *(f"untrained {name}" for name in names), "raw mean", "raw", *CHOSEN]
+    assert list(rows) == [*names, *PROBED[len(ROWS):], *CHOSEN]
     for name in (*names, "raw"):
         assert list(rows[name]) == ["accuracy", "accuracy @50 %", "accuracy @100 %"]
         assert rows[name]["accuracy @100 %"]["scores"] == rows[name]["accuracy"]["scores"]
@@ -676,9 +676,9 @@ def test_local_tasks_take_layers_labels_and_grid(run, tmp_path, monkeypatch):
     """As tasks of whole tracks do; three songs leave one for training."""
     lay_songs(tmp_path, ["one", "two", "three"], lambda i: "0 1.5 C\n1.5 3.5 G\n")
     run("chords", "--data", tmp_path, "--layers", "0,1", "--labels", "0.5,1")
-    rows, inner = written("chords"), [f"{name} L{layer}" for name in LOCAL[:2] for layer in (0, 1)]
-    assert list(rows) == [*inner, "raw", *CHOSEN]
-    for name in (*inner, "raw"):
+    rows, names = written("chords"), ["sequence L0", "sequence L1", "untrained sequence", "raw"]
+    assert list(rows) == [*names, "chosen on validation", "chance"]
+    for name in names:
         assert list(rows[name]) == ["overlap", "overlap (pooled)", "overlap @50 %", "overlap @100 %"]
         assert rows[name]["overlap @100 %"]["scores"] == rows[name]["overlap"]["scores"]
     monkeypatch.setattr(probe, "GRID", probe.GRID[:2])
