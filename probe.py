@@ -753,7 +753,7 @@ def interval(metric, outputs, truths, draws=1000):
             drawn = [rng.integers(0, len(o), len(o)) for o in outputs]
             values.append(np.mean([metric(o[d], t[d]) for o, t, d in zip(outputs, truths, drawn)]))
     values = np.array(values)[np.isfinite(values)]
-    return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else [np.nan] * 2
+    return np.percentile(values, [2.5, 97.5]).tolist() if values.size else [np.nan] * 2
 
 
 def retrieval(first, second):
@@ -1455,7 +1455,7 @@ def open_features(path, tracks, per_frame):
     owner = np.array([number.get(str(name), -1) for name in names])        # -1: not in the task
     order = np.lexsort((seconds, owner))                                   # by track, then by time
     order = order[owner[order] >= 0]
-    if not len(order):
+    if not order.size:
         raise InputError(f"{path}: none of its tracks ({names[0]}, ...) is in the task ({tracks[0].name}, ...)")
     found, owner = np.unique(owner[order], return_inverse=True)
     return Items({"features": features[order]}, owner, seconds[order]), [tracks[i] for i in found]
@@ -1717,7 +1717,7 @@ def print_emergence(args):
     songs = [song for song in songs if len(song) >= SEGMENT]
     if not songs:
         raise InputError(f"{args.data}: every song is shorter than one window of 4 s; give longer recordings")
-    for prefix, network in (("", model), ("untrained ", untrained(model, args.device, None))):
+    for prefix, network in (("", model), ("untrained ", untrained(model, args.device, blocks=None))):
         add_columns(table, attention_to_onsets(network, songs, args.device, prefix))
     title = (f"emergence: {path} on {len(songs)} songs, in %; chords and beats: linear probe on sequence tokens\n"
              "~ onsets: 100 r of class-token attention with the onset envelope, over windows")

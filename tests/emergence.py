@@ -144,7 +144,7 @@ def main():
     args = parser.parse_args()
     path, model = probe.open_model(args, frames=True)
     songs, chords = read_music(args.data)
-    networks = {"": model, "untrained ": probe.untrained(model, args.device, None)}
+    networks = {"": model, "untrained ": probe.untrained(model, args.device, blocks=None)}
 
     owner, onsets = probe.windows_of(songs)[0], probe.onset_windows(songs)              # (windows,), (windows, 126)
     changes = None
