@@ -380,7 +380,7 @@ def parse_args(argv=None):
     add("--inputs", choices=("cqt,mel", "mel", "cqt"), help="spectrograms of the trunk; patches are of the mel alone")
     add("--lr", type=float, help="peak learning rate")
     add = parser.add_argument_group("running").add_argument
-    add("--weights", type=numbers, help="weight of each loss, as 1,1; default: 1, of ntxent 0.3")
+    add("--weights", type=numbers, help="weight of each loss, as 1,1; default: 1, ntxent 0.3, as contrast costs key")
     add("--seed", type=int, default=0, help="of initial weights, batches, crops and masks; default: %(default)s")
     add("--device", help="cuda, mps or cpu; default: the best there is")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU only")
@@ -406,7 +406,7 @@ def resolve_settings(args, device, ranks):
             setattr(args, name, value)
     print(f"device {device}, {pick_amp(device)[1]}, torch.compile {args.compile}; preset {args.preset}")
     tokens = args.tokens.split(",")
-    args.weights = args.weights or [0.3 if name == "ntxent" else 1.0 for name in tokens]  # contrast costs key: trial
+    args.weights = args.weights or [0.3 if name == "ntxent" else 1.0 for name in tokens]  # 0.3: our choice
     args.stop_at = min(args.steps, args.stop_at or args.steps)
     for name in ("steps", "batch_size", "log_every", "save_every"):
         if getattr(args, name) < 1:

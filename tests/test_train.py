@@ -208,7 +208,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(store, tmp_path, mon
 
 
 def test_learns_eight_songs(store, tmp_path, monkeypatch):
-    """CPSD is 1 at chance. One narrow block is enough; eight songs need more of their frames than many do."""
+    """CPSD is 1 at chance. One narrow block is enough; eight songs need a lower mask and rate than a thousand."""
     monkeypatch.setitem(train.PRESETS, "small", dict(train.PRESETS["small"], dim=64, depth=1, mask=0.75, lr=1e-3))
     run(monkeypatch, "--data", store, "--batch-size", 8, "--steps", 160, "--out", tmp_path / "run", "--log-every", 1)
     lines = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
