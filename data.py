@@ -315,7 +315,7 @@ def estimate_tuning(wave):
     n_fft = 8192                                                           # bins of 2 Hz
     hop = max(n_fft // 2, len(wave) // 256)                                # about 256 frames of a long recording
     spectrum = torch.stft(wave, n_fft, hop, window=torch.hann_window(n_fft), pad_mode="constant", return_complex=True)
-    level = spectrum.abs().clamp(min=1e-6).log()[56:1024]                  # (bins, frames)
+    level = spectrum[56:1024].abs().clamp(min=1e-6).log()                  # (bins, frames)
     below, middle, above = level[:-2], level[1:-1], level[2:]
     offset = (below - above) / (below - 2 * middle + above) / 2            # vertex of the parabola through three bins
     frequency = (torch.arange(57, 1023)[:, None] + offset) * SAMPLE_RATE / n_fft

@@ -18,7 +18,10 @@ CROP_BINS, N_MELS, SEGMENT = 84, 128, 126  # CQT bins of a crop, mel bands, fram
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)). (batch, tokens, dim) -> the same."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    (batch, tokens, dim) -> (batch, count, dim), the first `count` tokens (default all); they attend to all.
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -27,9 +30,9 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x):
+    def forward(self, x, count=None):
         weights, v = self.attention(x)
-        x = x + self.out((weights @ v).transpose(1, 2).flatten(2))
+        x = x[:, :count] + self.out((weights[:, :, :count] @ v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
     def attention(self, x):
@@ -38,7 +41,7 @@ class Block(nn.Module):
         Not F.scaled_dot_product_attention: forward and backward, it takes seven times as long in bf16 on a CPU.
         """
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1), v
+        return (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1), v
 
 
 def sinusoid(positions, dim):
@@ -97,16 +100,15 @@ class MT2(nn.Module):
             raise ValueError(f"pool={pool!r}: give token or mean")
         if inputs not in ("cqt,mel", "mel", "cqt") or (inputs == "cqt" and patch != "1"):
             raise ValueError(f"inputs {inputs!r}: give cqt,mel, mel or, with patch 1, cqt")
-        self.config = dict(tokens=list(tokens), dim=dim, depth=depth, heads=heads)
-        self.config |= dict(frames=frames, patch=patch, pool=pool, inputs=inputs)
+        self.config = dict(tokens=list(tokens), dim=dim, depth=depth, heads=heads, frames=frames, patch=patch,
+                           pool=pool, inputs=inputs)
         self.tokens, self.frames, self.pool, self.patches = tokens, frames, pool, parse_patch(patch)
         self.inputs = inputs.split(",") if patch == "1" else ["mel"]
         self.class_token_count = len(tokens) if pool == "token" else 0
         if pool == "token":
             self.class_tokens = nn.Parameter(torch.empty(len(tokens), dim))
         if self.patches == [None]:
-            bins = {"cqt": CROP_BINS, "mel": N_MELS}
-            sizes, last = {name: bins[name] for name in self.inputs}, nn.GELU
+            sizes, last = {name: CROP_BINS if name == "cqt" else N_MELS for name in self.inputs}, nn.GELU
             # Learned positions for frames only: the position of a class token would be part of its vector.
             self.positions = nn.Parameter(torch.empty(frames, dim))
         else:  # Myna's code: LayerNorm on both sides of the linear layer, fixed positions
@@ -124,9 +126,8 @@ class MT2(nn.Module):
         self.initialise()
 
     def initialise(self):
-        for name in ("class_tokens", "positions"):
-            if hasattr(self, name):
-                nn.init.normal_(getattr(self, name), std=0.02)
+        for own in self.parameters(recurse=False):  # class tokens, positions
+            nn.init.normal_(own, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -181,7 +182,7 @@ class MT2(nn.Module):
         """
         size, (batch, n, columns) = self.patches[patch_index], mel.shape
         whole = size is None or positions is None  # frames, not patches
-        fits = columns == (N_MELS if whole else size[0] * size[1])
+        fits = columns == (N_MELS if whole else math.prod(size))
         fits &= positions is None or positions.shape == (batch, n)
         fits &= "cqt" not in self.inputs or cqt.shape == (batch, n, CROP_BINS)
         if not fits:
@@ -194,17 +195,18 @@ class MT2(nn.Module):
             x, initial = self.embed_patches(cut_patches(mel, size) if whole else mel, positions, size)
         if self.pool == "token":
             x = torch.cat([initial + self.class_tokens, x], dim=1)    # (batch, tokens + n, dim)
-        inside = {}
+        inside, depth = {}, len(self.blocks)
+        # Of the last layer only what is used: the class tokens, unless all are asked for or averaged.
+        count = None if depth in layers else self.class_token_count or None
         for layer, block in enumerate(self.blocks):
             if layer in layers:
                 inside[layer] = x
-            x = block(x)
+            x = block(x, count if layer == depth - 1 else None)
         x = self.norm(x)
-        if len(self.blocks) in layers:
-            inside[len(self.blocks)] = x
-        if self.pool == "token":
-            return {name: x[:, i] for i, name in enumerate(self.tokens)}, inside
-        return dict.fromkeys(self.tokens, x.mean(dim=1)), inside
+        if depth in layers:
+            inside[depth] = x
+        vectors = x.unbind(dim=1) if self.pool == "token" else [x.mean(dim=1)] * len(self.tokens)
+        return dict(zip(self.tokens, vectors)), inside
 
     def key_token(self):
         """Name of the first token whose task is a CPSD, or None: zero-shot key looks at no other."""
@@ -213,12 +215,9 @@ class MT2(nn.Module):
 
 def pick_amp(device):
     """(whether to run matrix products in bf16 on a torch.device, why). bf16 has fp32's range: no loss scaling."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return native, "bf16 autocast, the GPU's tensor cores" if native else "fp32, the GPU has no bf16"
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return True, "bf16 autocast, twice as fast on this processor"
-    return False, "fp32, no fast bf16 here"
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    native |= device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return native, "bf16 autocast, which this device computes fast" if native else "fp32, no fast bf16 here"
 
 
 def load_checkpoint(path, device="cpu"):

@@ -523,7 +523,7 @@ def windows_of(songs, keep_rest=False):
     return np.array(owner), np.array(start), windows
 
 
-def batches_of(windows, size=128):
+def batches_of(windows, size=64):
     """Yields (indices, windows (n <= size, frames, 224) uint8): every window once, windows of one length together."""
     lengths, batches = np.array([len(window) for window in windows]), []
     for length in np.unique(lengths):
@@ -966,7 +966,7 @@ def one_thread():
 
 
 @one_thread()
-def fit(x, target, train, valid, seed=0, batch=128, lr=1e-3, l2=0.0, steps=STEPS, patience=PATIENCE, **network):
+def fit(x, target, train, valid, seed, batch, lr, l2, steps=STEPS, patience=PATIENCE, **network):
     """Train a probe on the items `train`; the weights of the lowest loss on the items `valid` are kept.
 
     x (items, dim); train, valid: item numbers; network: hidden, dropout, standardize of Probe.
@@ -1192,9 +1192,10 @@ def print_comparison(args):
 
 
 @cache
-def known_songs(count=32):
-    """Synthetic songs whose key is known: [(frames, 224) uint8], [tonic of the major key with their signature]."""
-    songs, front_end = [compose(i) for i in range(count)], FrontEnd()
+@cache
+def known_songs():
+    """32 synthetic songs whose key is known: [(frames, 224) uint8], [tonic of the major key with their signature]."""
+    songs, front_end = [compose(i) for i in range(32)], FrontEnd()
     frames = [audio_to_frames(torch.from_numpy(render(song)), front_end) for song in songs]
     return frames, [song["signature"] for song in songs]
 
@@ -1208,9 +1209,8 @@ def transpose(keys, steps):
 def key_outputs(model, tracks, device, crops=range(0, MAX_CROP + 1, 3)):
     """Key probabilities of each track, (tracks, 12 signatures or 24 keys), before calibration.
 
-    Test-time augmentation: every window at five crops (all 13 are no better on real recordings), outputs transposed
-    back; geometric mean over crops and windows, so that a window that excludes a key counts for more than one that
-    merely favours it.
+    Test-time augmentation: every window at five crops (all 13 are no better on real recordings), transposed back. The
+    mean over crops and windows is geometric: a window that excludes a key counts more than one that favours it.
     """
     name, (owner, _, windows) = model.key_token(), windows_of(tracks)
     logs = torch.zeros(len(owner), model.tasks[name].outputs)                                     # (windows, 12 or 24)
@@ -1537,7 +1537,7 @@ def synth_table(model, device):
         table[name]["retrieval"] = mean_of(retrieval(x[first], x[last]))
     some, parts = synth_tracks(train=96, valid=32, test=64)
     frames = all_items(model, some, device, per_frame=True)
-    add_columns(table, probe_targets(frames, parts, {"chords": "chords"}, runs=1)[0], "chords ")
+    add_columns(table, probe_targets(frames, parts, {"chords": "chords"}, 1, steps=SYNTH_STEPS, lr=3e-3)[0], "chords ")
     keys = [tracks[i].labels["key"] for i in test]
     add_columns(table, zero_shot(model, [songs[i] for i in test], device, keys), "key ")
     for name, row in table.items():

@@ -130,16 +130,14 @@ def prefetch(make, steps):
             yield step, batch
 
 
-def forward_views(network, inputs, views, patch_index):
+def forward_views(network, inputs, views, patch_index, layers=()):
     """The first views of `inputs` (see make_batch) through the network.
 
-    Returns {name: (views, batch, dim)}, the class tokens from all ranks, and (views, share, kept, dim), the sequence.
+    Returns {name: (views, batch, dim)}, class tokens of all ranks, and {layer: (views * share, tokens + kept, dim)}.
     """
-    depth = len(network.blocks)
     cqt, mel, positions = (None if x is None else x[:views].flatten(0, 1) for x in inputs)
-    tokens, inside = network(cqt, mel, positions, layers=[depth], patch_index=patch_index)     # (views * share, dim)
-    sequence = inside[depth][:, network.class_token_count:].unflatten(0, (views, -1))
-    return {name: whole_batch(token.unflatten(0, (views, -1))) for name, token in tokens.items()}, sequence
+    tokens, inside = network(cqt, mel, positions, layers, patch_index)                         # (views * share, dim)
+    return {name: whole_batch(token.unflatten(0, (views, -1))) for name, token in tokens.items()}, inside
 
 
 def training_losses(model, teacher, batch):
@@ -148,18 +146,20 @@ def training_losses(model, teacher, batch):
     batch: from make_batch; teacher: the moving average of the model, or None. Returns ({token: loss}, {name: scalar to
     log}, {token: (batch, dim) of view 0}), of the whole batch, however many ranks there are.
     """
-    views, losses, logs = len(batch["shifts"]), dict.fromkeys(model.tokens, 0.0), {}
-    spectrograms = {name: whole_batch(batch[name]) for name in ("cqt", "mel") if name in batch}
+    views, depth = len(batch["shifts"]), len(model.blocks)
+    losses, logs = dict.fromkeys(model.tokens, 0.0), {}
+    given = batch | {name: whole_batch(batch[name]) for name in ("cqt", "mel") if name in batch}
+    layers = [depth] if "whole_mel" in batch else []
     for patch, inputs in enumerate(batch["inputs"]):
-        tokens, sequence = forward_views(model, inputs, views, patch)      # (views, batch, dim) each
-        given = batch | spectrograms
-        if "whole_mel" in batch:  # of this rank's share
+        tokens, inside = forward_views(model, inputs, views, patch, layers)                    # (views, batch, dim)
+        if layers:  # of this rank's share
             size = model.patches[patch]
+            sequence = inside[depth][:, model.class_token_count:].unflatten(0, (views, -1))[:2]
             target = cut_patches(batch["whole_mel"], size or (data.N_MELS, 1))                 # (2, share, n, pixels)
-            given |= dict(sequence=sequence[:2], positions=inputs[2][:2], places=model.places(size))
-            given |= dict(target=target, patch=patch)
+            given |= dict(sequence=sequence, target=target, positions=inputs[2][:2], places=model.places(size),
+                          patch=patch)                                     # sequence (2, share, kept, dim)
         with torch.no_grad():
-            targets, _ = forward_views(teacher, inputs, 2, patch) if teacher is not None else ({}, {})
+            targets = forward_views(teacher, inputs, 2, patch)[0] if teacher is not None else {}
         for name, task in model.tasks.items():
             average = (teacher.tasks[name], targets[name]) if task.needs_teacher else None
             loss, extra = task(tokens[name][:task.views], given, average)

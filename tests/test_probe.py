@@ -202,7 +202,7 @@ NETWORK = dict(hidden=0, dropout=0.0, standardize=True)
 def fitted(items, labels, kind="class", **changes):
     """(probe, target) of a fit on TRAIN and VALID."""
     target = probe.TARGETS[kind](labels, items)
-    options = dict(NETWORK, seed=0, batch=16, lr=1e-2, steps=256) | changes
+    options = dict(NETWORK, seed=0, batch=16, lr=1e-2, l2=0.0, steps=256) | changes
     return probe.fit(items.rows["x"], target, target.items_of(TRAIN), target.items_of(VALID), **options), target
 
 

@@ -363,7 +363,7 @@ def test_a_pretext_task_of_your_own(store, tmp_path, monkeypatch):
 def test_patches_train_masked_and_pooled(patch, tokens, store, tmp_path, monkeypatch):
     seen = []
     forward = model.Block.forward
-    monkeypatch.setattr(model.Block, "forward", lambda self, x: seen.append(x.shape[1]) or forward(self, x))
+    monkeypatch.setattr(model.Block, "forward", lambda self, x, *rest: seen.append(x.shape[1]) or forward(self, x, *rest))
     run(monkeypatch, "--tokens", "ntxent", "--patch", patch, "--pool", "mean", "--mask", 0.9, "--data", store, "--batch-size", 4, "--steps", 1,
         "--out", tmp_path / "run")
     assert seen == [round(0.1 * n) for n in tokens]
