@@ -229,12 +229,17 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4
 
 
 def step_flops(model, batch, mask, views):
-    """Floating-point operations of one training step by formula: 6 per weight and token, and attention's products."""
+    """Floating-point operations of one training step by formula: 6 per weight and token, and attention's products.
+
+    The last block has qkv, 3 of its 12 dim^2 weights, for all tokens, and the rest for the class tokens alone.
+    """
     dim, depth, flops = model.config["dim"], model.config["depth"], 0
     for size in model.patches:
         count = data.SEGMENT if size is None else cut_patches(torch.zeros(data.SEGMENT, data.N_MELS), size).shape[0]
         tokens = max(1, round(count * (1 - mask))) + model.class_token_count
-        flops += views * batch * tokens * (6 * 12 * depth * dim ** 2 + 12 * depth * dim * tokens)
+        left_out = tokens - (model.class_token_count or tokens)
+        flops += views * batch * depth * tokens * (6 * 12 * dim ** 2 + 12 * dim * tokens)
+        flops -= views * batch * left_out * (6 * 9 * dim ** 2 + 6 * dim * tokens)
     return flops
 
 
