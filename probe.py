@@ -19,11 +19,11 @@ turns the outputs on the items of a track into one row per track, and metrics ta
 Protocol `linear`. Windows do not overlap; a rest under 4 s is dropped unless it is all there is; nothing is padded.
 Tracks are split before anything else. Adam, rate 1e-3, batch 128, at most 50 x 128 steps (CoJEPA); features
 standardised by the training items; the weights of the lowest validation loss are kept, and the fit ends when it has not
-fallen for 640 steps (our choice). Per frame: batch 2048, rests are kept; `synth`: at most 640 steps. A track's
-prediction is the mean of its windows' outputs. Whatever is selected (a grid point, a row, a beat threshold) is selected
-by the validation metric. Test tracks are predicted once. Five seeds, or the folds of the task, or five folds where it
-has none, mean and standard deviation; in brackets the 95 % interval of 1000 bootstrap draws of test tracks (of the
-first seed where seeds share the test set).
+fallen for 640 steps (our choice). Per frame: batch 2048, rests are kept; `synth`: at most 640 steps, chords at rate
+3e-3. A track's prediction is the mean of its windows' outputs. Whatever is selected (a grid point, a row, a beat
+threshold) is selected by the validation metric. Test tracks are predicted once. Five seeds, or the folds of the task,
+or five folds where it has none, mean and standard deviation; in brackets the 95 % interval of 1000 bootstrap draws of
+test tracks (of the first seed where seeds share the test set).
 
 `--grid` selects among the 216 configurations of jukemir. Departures, for two CPU cores: successive halving (all for 64
 steps, the better half for 128, ... 14 for 1024), with a patience of 256 steps instead of 2048.
