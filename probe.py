@@ -1192,7 +1192,6 @@ def print_comparison(args):
 
 
 @cache
-@cache
 def known_songs():
     """32 synthetic songs whose key is known: [(frames, 224) uint8], [tonic of the major key with their signature]."""
     songs, front_end = [compose(i) for i in range(32)], FrontEnd()
