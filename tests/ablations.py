@@ -13,6 +13,7 @@
     python tests/ablations.py labels=0.1 --tokens tone --labels-csv keys.csv --data pop909       a tenth of the labels
     python tests/ablations.py one-hot=0.1 --tokens tone --labels-csv keys.csv --data pop909      in Semi-TONE's form
     python tests/ablations.py hours=4 --data synth music     4 hours of the music, whole tracks in random order
+    python tests/ablations.py dim=192+depth=8                a wider and deeper `small`, heads of 64 as before
 
 All flags of train.py are understood. tests/README.md has their results.
 """
@@ -157,10 +158,18 @@ def hours(limit):
     data.open_data = open_data
 
 
+def size(name, value):
+    """dim or depth of the preset `small`; a head keeps its 64 dimensions."""
+    small = train.PRESETS["small"]
+    small[name] = int(value)
+    small["heads"] = small["dim"] // 64
+
+
 CHANGES = {"mel-kept": mel_kept, "plain-init": plain_init, "jitter": lambda: change_frames(jitter),
            "mixing": lambda: change_frames(mixing), "batch-norm": batch_norm, "no-mode": no_mode,
            "three-term": three_term, "omega7": partial(one_circle, 7), "omega1": partial(one_circle, 1),
-           "piece": piece, "hours": hours, "labels": labels, "one-hot": one_hot}
+           "piece": piece, "hours": hours, "labels": labels, "one-hot": one_hot,
+           "dim": partial(size, "dim"), "depth": partial(size, "depth")}
 
 if __name__ == "__main__":
     changes = [change.split("=") for change in (sys.argv.pop(1) if len(sys.argv) > 1 else "").split("+")]

@@ -46,6 +46,7 @@ def untouched(monkeypatch):
         monkeypatch.setattr(losses.SKey, name, getattr(losses.SKey, name))
     monkeypatch.setattr(losses, "TRANSPOSED_PAIRS", [*losses.TRANSPOSED_PAIRS])
     monkeypatch.setattr(data, "PIECE", data.PIECE)
+    monkeypatch.setitem(train.PRESETS, "small", dict(train.PRESETS["small"]))
     for name, task in losses.PRETEXT.items():
         monkeypatch.setitem(losses.PRETEXT, name, task)
 
@@ -198,6 +199,13 @@ def test_no_mode_leaves_the_key_loss_alone_and_piece_makes_longer_pieces(untouch
     assert task(token, batch)[0].item() == pytest.approx(logs["cpsd_term"].item()) != loss.item()
     ablations.CHANGES["piece"]("90")
     assert data.PIECE * data.FRAME_SECONDS == pytest.approx(90, abs=0.1)
+
+
+def test_a_wider_and_deeper_network_keeps_heads_of_64(untouched):
+    ablations.CHANGES["dim"]("192")
+    ablations.CHANGES["depth"]("8")
+    small = train.PRESETS["small"]
+    assert (small["dim"], small["depth"], small["heads"], small["mask"]) == (192, 8, 3, 0.88)
 
 
 def test_template_variants_hold_the_template_itself_and_differ():
