@@ -3,7 +3,7 @@
     python tests/real.py excerpts --keys held_majority.csv held_agreed.csv --checkpoint out/real-*/checkpoint.pt
     python tests/real.py excerpts --keys held_majority.csv --checkpoint tests/weights/mt2.pt --tuning 432 436 444 448
 
-Key signature and key in % on each CSV (columns file,key), beside the template and the untrained network. Retrieval:
+Key signature and key in % on each CSV (columns file,key), beside the template and as many untrained networks. Retrieval:
 two excerpts of a track, NAME_a and NAME_b; top-1 accuracy of finding the other one among all excerpts of the other
 kind, by the cosine of mean features, both ways. --tuning: keys of the recordings resampled so that A4 is at these Hz.
 """
@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import probe  # noqa: E402
-from model import load_checkpoint  # noqa: E402
+from model import MT2, load_checkpoint  # noqa: E402
 
 
 def key_columns(outputs, truths, numbers):
@@ -30,6 +31,14 @@ def rows_of(model, tracks, prefix, device):
     """{row: (tracks, dim)}: mean features of one network, or of the raw spectrograms (model None)."""
     items, order = probe.extract(model, tracks, device), np.arange(len(tracks))
     return {prefix + name: probe.track_mean(x.float(), items.owner, order) for name, x in items.rows.items()}
+
+
+def initialised(model, seed, device):
+    """An untrained network of the same form. Its blocks, the identity, are left out, as in probe.untrained."""
+    torch.manual_seed(seed)
+    network = MT2(**model.config).to(device).eval()
+    network.blocks = network.blocks[:0]
+    return network
 
 
 def retuned(path, a4, front_end):
@@ -63,10 +72,9 @@ def main():
         retunings[a4] = [retuned(Path(args.folder).resolve().parent / path, a4, front_end) for path in paths]
         row = key_columns(probe.template_rows(retunings[a4]), truths, numbers)
         table[f"key template, A = {a4:g} Hz"] = [row]
-    for path in args.checkpoint:
+    for seed, path in enumerate(args.checkpoint):
         model = load_checkpoint(path, args.device)
-        networks = {"": model} | ({"untrained ": probe.untrained(model, args.device)} if path == args.checkpoint[0] else {})
-        for prefix, network in networks.items():
+        for prefix, network in (("", model), ("untrained ", initialised(model, seed, args.device))):
             if model.key_token():
                 row = key_columns(probe.key_probabilities(network, tracks, args.device).numpy(), truths, numbers)
                 table.setdefault(f"{prefix}{model.key_token()} zero-shot", []).append(row)

@@ -284,6 +284,16 @@ def test_real_prints_rows_with_and_without_a_key_token(song_folder, tmp_path, mo
     assert ("cpsd zero-shot" in printed and "cpsd, A = 444 Hz" in printed) == ("cpsd" in tokens)
 
 
+def test_untrained_networks_differ_by_seed_and_seed_0_is_that_of_probe():
+    def weights(network):
+        return torch.cat([parameter.flatten() for parameter in network.parameters()])
+
+    trained = model.MT2(["cpsd", "ntxent"], dim=24, depth=1, heads=2)
+    untrained = weights(probe.untrained(trained, "cpu"))
+    assert torch.equal(weights(real.initialised(trained, 0, "cpu")), untrained)
+    assert not torch.equal(weights(real.initialised(trained, 1, "cpu")), untrained)
+
+
 def test_emergence_has_rows_for_each_token_and_layer(song_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(emergence, "STEPS", 2)
