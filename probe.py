@@ -545,10 +545,10 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=pick_amp(device)[0])
 
 
-def untrained(model, device, blocks=0):
+def untrained(model, device, blocks=0, seed=0):
     """The same network at initialisation: what tokenisers and norm are worth. Its blocks, still the identity, are left
     out but for the first `blocks` (None: all)."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     network = MT2(**model.config).to(device).eval()
     network.blocks = network.blocks[:blocks]
     return network
@@ -711,12 +711,12 @@ def tempo_accuracy(estimate, bpm, factors):
     return float((np.abs(estimate[:, None] - allowed) <= 0.04 * allowed).any(axis=1).mean())
 
 
-def beat_hits(estimated, true, tolerance=0.070):
-    """Largest one-to-one matching of two sorted lists of times, |difference| <= tolerance (s, boundary included)."""
+def beat_hits(estimated, true):
+    """Largest one-to-one matching of two sorted lists of times, |difference| <= 70 ms (boundary included)."""
     hits = i = j = 0
     while i < len(estimated) and j < len(true):
         gap = estimated[i] - true[j]
-        if abs(gap) <= tolerance + 1e-9:
+        if abs(gap) <= 0.070 + 1e-9:
             hits, i, j = hits + 1, i + 1, j + 1
         elif gap < 0:
             i += 1

@@ -3,21 +3,21 @@
     python tests/real.py excerpts --keys held_majority.csv held_agreed.csv --checkpoint out/real-*/checkpoint.pt
     python tests/real.py excerpts --keys held_majority.csv --checkpoint tests/weights/mt2.pt --tuning 432 436 444 448
 
-Key signature and key in % on each CSV (columns file,key), beside the template and as many untrained networks. Retrieval:
-two excerpts of a track, NAME_a and NAME_b; top-1 accuracy of finding the other one among all excerpts of the other
-kind, by the cosine of mean features, both ways. --tuning: keys of the recordings resampled so that A4 is at these Hz.
+Key signature and key in % on each CSV (columns file,key), beside the template and one untrained network a checkpoint
+(seeds 0, 1, ...; a checkpoint may be named three times). Retrieval: two excerpts of a track, NAME_a and NAME_b; top-1
+accuracy of finding the other one among all excerpts of the other kind, by the cosine of mean features, both ways.
+--tuning: keys of the recordings resampled so that A4 is at these Hz.
 """
 import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import probe  # noqa: E402
-from model import MT2, load_checkpoint  # noqa: E402
+from model import load_checkpoint  # noqa: E402
 
 
 def key_columns(outputs, truths, numbers):
@@ -31,14 +31,6 @@ def rows_of(model, tracks, prefix, device):
     """{row: (tracks, dim)}: mean features of one network, or of the raw spectrograms (model None)."""
     items, order = probe.extract(model, tracks, device), np.arange(len(tracks))
     return {prefix + name: probe.track_mean(x.float(), items.owner, order) for name, x in items.rows.items()}
-
-
-def initialised(model, seed, device):
-    """An untrained network of the same form. Its blocks, the identity, are left out, as in probe.untrained."""
-    torch.manual_seed(seed)
-    network = MT2(**model.config).to(device).eval()
-    network.blocks = network.blocks[:0]
-    return network
 
 
 def retuned(path, a4, front_end):
@@ -74,7 +66,7 @@ def main():
         table[f"key template, A = {a4:g} Hz"] = [row]
     for seed, path in enumerate(args.checkpoint):
         model = load_checkpoint(path, args.device)
-        for prefix, network in (("", model), ("untrained ", initialised(model, seed, args.device))):
+        for prefix, network in (("", model), ("untrained ", probe.untrained(model, args.device, seed=seed))):
             if model.key_token():
                 row = key_columns(probe.key_probabilities(network, tracks, args.device).numpy(), truths, numbers)
                 table.setdefault(f"{prefix}{model.key_token()} zero-shot", []).append(row)

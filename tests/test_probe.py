@@ -179,7 +179,8 @@ def test_untrained_is_the_same_network_with_other_weights():
     first, second = (probe.untrained(net, "cpu", blocks=None) for _ in range(2))
     assert first.config == net.config and not first.training
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
-    assert not torch.equal(first.positions, net.positions)
+    for other in (net, probe.untrained(net, "cpu", blocks=None, seed=1)):
+        assert not torch.equal(first.positions, other.positions)
 
 
 # ---------------------------------------------------------------- fit
